@@ -1,0 +1,1 @@
+"""Train diffusion models from ComfyUI."""

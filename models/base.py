@@ -1,0 +1,278 @@
+"""What the trainer asks of a model family, and what families share.
+
+A family is one file in this folder. It says what the model is made of (`Config`), how pictures and
+captions become cached tensors, how a batch becomes the denoiser's inputs and target, and how the
+denoiser is cut into a chain of layers. The trainer calls nothing that is not declared here.
+
+Shape legend: N batch, C channels, F frames, H W height and width (of pixels or latents, as said),
+L text tokens, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..utils.config import Dtype, SettingsError, Table, option
+from ..utils.imports import lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = lazy("torch")
+
+StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
+
+
+class ModelConfig(Table):
+    """What every ``[model]`` table has."""
+
+    type: str
+    dtype: Dtype = option("bfloat16", "Precision that the model computes in.")
+    transformer_dtype: StorageDtype | None = option(
+        None, "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
+        "Left out: the same as dtype.")
+    timestep_sample_method: Literal["logit_normal", "uniform"] = option(
+        "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike.")
+    sigmoid_scale: float = option(
+        1.0, "Width of the logit_normal distribution; larger reaches more of the ends.", gt=0, step=0.1, advanced=True)
+    shift: float | None = option(
+        None, "Moves training towards high noise: t' = shift*t / (1 + (shift - 1)*t). 3 is usual for large pictures.",
+        gt=0, step=0.1, advanced=True)
+    min_t: float = option(0.0, "Lowest noise level that is trained.", ge=0, lt=1, step=0.001, advanced=True)
+    max_t: float = option(1.0, "Highest noise level that is trained.", gt=0, le=1, step=0.001, advanced=True)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One link of the chain that computes the denoiser; a pipeline stage may end after any link.
+
+    ``forward(modules, *tensors)`` takes the tuple that the link before returned and returns the next
+    one; `modules` carries the entries of `submodules` as attributes. The last link returns the
+    prediction alone. Tuples between links hold contiguous floating tensors, the same number and
+    dtypes at every cut (what DeepSpeed can send between stages).
+    """
+
+    name: str
+    """The module's name in the denoiser, or a name of our own for a link made of several."""
+    forward: Callable[..., Any]
+    submodules: Mapping[str, Any]
+    is_block: bool = False
+    """One of the many alike blocks: checkpointed, swapped and balanced between stages."""
+
+
+@dataclass
+class Example:
+    """One cached sample as the trainer hands it to `Family.collate`."""
+
+    media: dict[str, torch.Tensor]
+    """What `encode_media` gave for it, without the batch dimension."""
+    text: dict[str, torch.Tensor]
+    """What the text encoders gave for its caption, without the batch dimension, one dict for all."""
+    noise: torch.Tensor
+    """Standard normal, shaped like ``media["latents"]``, float32."""
+    quantile: float
+    """Uniform in (0, 1); `timestep` turns it into the noise level."""
+
+
+@dataclass
+class Batch:
+    """What one micro-batch feeds to the chain of layers and compares its output with."""
+
+    inputs: tuple[torch.Tensor, ...]
+    """Arguments of the first link."""
+    target: torch.Tensor
+    """Shaped like the prediction, float32."""
+    weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
+    """Weight of each element of the loss; broadcasts against `target`."""
+
+
+class Family(ABC):
+    """A model family. One instance lives in each process of a run."""
+
+    title: ClassVar[str]
+    """Name for people, such as "Flux"."""
+    Config: ClassVar[type[ModelConfig]]
+    size_multiple: ClassVar[int] = 16
+    """Pixel width and height must be multiples of this."""
+    text_encoders: ClassVar[tuple[str, ...]]
+    """Names of the text encoders, each cached by itself."""
+    adapter_blocks: ClassVar[tuple[str, ...]]
+    """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    high_precision: ClassVar[tuple[str, ...]] = ()
+    """Parameters whose name contains one of these stay at `dtype` when `transformer_dtype` is float8."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the model computes in."""
+        return getattr(torch, self.config.dtype)
+
+    # -- files ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_files(self) -> None:
+        """Sees that what the paths name is there and is what it should be; loads nothing.
+
+        Raises:
+            SettingsError: Names the option, the path and what was expected.
+        """
+
+    @abstractmethod
+    def identity(self, part: str) -> str:
+        """A text that changes when the values of a part may change: "vae" or a text encoder's name.
+
+        It is part of every cache key; `fingerprint` and the part's own constants (length, template)
+        make it up.
+        """
+
+    # -- encoding, once per sample, cached ----------------------------------------------------------
+
+    @abstractmethod
+    def load_vae(self, device: torch.device) -> nn.Module:
+        """The image encoder on ``device``, in eval mode."""
+
+    @abstractmethod
+    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Latents of pictures or clips, normalised as the denoiser wants them.
+
+        Args:
+            pixels_NCFHW: In [-1, 1], on the device of ``vae``; F is 1 for pictures.
+            generator: For encoders that draw from their posterior.
+
+        Returns:
+            At least ``latents``, batch first. Pictures of image models have no frame dimension.
+        """
+
+    @abstractmethod
+    def load_text_encoder(self, name: str, device: torch.device) -> Any:
+        """Text encoder ``name`` with its tokenizer, on ``device``."""
+
+    @abstractmethod
+    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the denoiser needs of each caption, batch first, names unlike those of other encoders."""
+
+    # -- training -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_denoiser(self, device: torch.device) -> nn.Module:
+        """The network that is trained, at `dtype` on ``device``."""
+
+    @abstractmethod
+    def layers(self, denoiser: nn.Module) -> list[Layer]:
+        """The chain that computes exactly what ``denoiser.forward`` computes, over the same submodules."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Stacks examples of one bucket, adds noise and says what the network should answer."""
+
+    def timestep(self, quantile: float, latent_size: tuple[int, int]) -> float:
+        """Noise level in (0, 1) at which the fraction ``quantile`` of training lies below it.
+
+        The distribution is that of `timestep_sample_method`, shifted, then cut to [min_t, max_t]; so a
+        uniform quantile samples it and a fixed one evaluates at a fixed place.
+
+        Args:
+            latent_size: Height and width of the latents, for shifts that depend on the resolution.
+        """
+        shift = self.timestep_shift(latent_size)
+        low, high = (self._quantile_of(t, shift) for t in (self.config.min_t, self.config.max_t))
+        q = low + (high - low) * quantile
+        t = q
+        if self.config.timestep_sample_method == "logit_normal":
+            if not 0 < q < 1:
+                return q
+            normal = math.sqrt(2) * _erfinv(2 * q - 1)
+            t = 1 / (1 + math.exp(-normal * self.config.sigmoid_scale))
+        return shift * t / (1 + (shift - 1) * t)
+
+    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+        """Factor of the shift t' = s*t / (1 + (s - 1)*t)."""
+        return self.config.shift or 1.0
+
+    def _quantile_of(self, t: float, shift: float) -> float:
+        if not 0 < t < 1:
+            return t
+        t = t / (shift - (shift - 1) * t)
+        if self.config.timestep_sample_method == "uniform":
+            return t
+        return 0.5 * (1 + math.erf(math.log(t / (1 - t)) / self.config.sigmoid_scale / math.sqrt(2)))
+
+    # -- results ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def lora_keys(self, module_name: str) -> str:
+        """The name that ComfyUI reads for module ``module_name`` of the denoiser, without suffix."""
+
+    @abstractmethod
+    def pipeline(self, denoiser: nn.Module, device: torch.device) -> Any:
+        """The family's diffusers pipeline around a live denoiser, for pictures."""
+
+    @classmethod
+    @abstractmethod
+    def write_miniature(cls, folder: Path) -> dict[str, Any]:
+        """Writes the family with its real architecture and file layout, random weights and a few
+        thousand parameters, below ``folder``; returns the ``[model]`` table that trains it."""
+
+
+def _erfinv(x: float) -> float:
+    return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))
+
+
+def resolution_shift(latent_size: tuple[int, int]) -> float:
+    """The shift that Flux uses for a picture of this size: e^mu, mu linear in the number of image tokens.
+
+    Anchors are 256 tokens (mu 0.5) and 4096 tokens (mu 1.15); a token is 2x2 latents. Source: the
+    sampling code of Black Forest Labs' flux repository (`get_schedule`).
+    """
+    tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
+    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def require_path(value: str | None, name: str, expected: str) -> Path:
+    """The path in option ``name``.
+
+    Raises:
+        SettingsError: It is empty or nothing is there; ``expected`` says what should be.
+    """
+    if not value:
+        raise SettingsError(f"{name}: required here; give {expected}")
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise SettingsError(f"{name}: '{path}' does not exist; give {expected}")
+    return path
+
+
+def fingerprint(path: Path) -> str:
+    """Identifies the weights in a file, or in a folder of them, wherever it lies and whenever it was copied.
+
+    Reads sizes, safetensors headers, small JSON files and 64 blocks spread over each weight file, so a
+    10 GB encoder costs milliseconds.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")) if path.is_dir() else [path]
+    for file in files:
+        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{file.stat().st_size};".encode())
+        with file.open("rb") as stream:
+            if file.suffix == ".safetensors":
+                header = struct.unpack("<Q", stream.read(8))[0]
+                digest.update(stream.read(header))
+            for block in range(64):
+                stream.seek(block * file.stat().st_size // 64)
+                digest.update(stream.read(4096))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A component's ``config.json``."""
+    return json.loads(path.read_text("utf-8"))

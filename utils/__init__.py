@@ -1,0 +1,1 @@
+"""The trainer: settings, data, engine, run folders. Nothing here knows ComfyUI."""
