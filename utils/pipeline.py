@@ -15,6 +15,7 @@ Quirks of DeepSpeed 0.19.8 that are met here, each at its place:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -87,8 +88,8 @@ def join_world() -> World:
     defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
-    import deepspeed.comm.torch as backend
-    backend.build_shm_op = lambda: None  # quirk CPU
+    # quirk CPU; "import ... as" would find the torch that deepspeed.comm imports
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     accelerator = get_accelerator()
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
