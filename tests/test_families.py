@@ -95,7 +95,10 @@ def test_gradients_of_the_layers_equal_the_librarys(table):
     family = load(table, dtype="float32")
     denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family))
     gradients = []
-    for predict in (lambda *inputs: run(family.layers(denoiser), inputs), lambda *i: FORWARD[table["type"]](denoiser, *i)):
+    for predict in (
+        lambda *inputs: run(family.layers(denoiser), inputs),
+        lambda *i: FORWARD[table["type"]](denoiser, *i),
+    ):
         denoiser.zero_grad()
         torch.nn.functional.mse_loss(predict(*batch.inputs), batch.target).backward()
         gradients.append({name: parameter.grad for name, parameter in denoiser.named_parameters()})
@@ -200,5 +203,7 @@ def test_importing_a_family_loads_no_torch(name):
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'deepspeed'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
