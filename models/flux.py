@@ -115,6 +115,8 @@ class Component:
     """Tensors that each single file of it has."""
     prefixes: tuple[str, ...]
     """Before its tensors' names in files that hold more than it."""
+    foreign: tuple[str, ...] = ()
+    """Tensors that give away the similar part of another model."""
     tokenizer_option: str = ""
     tokenizer_folder: str = ""
     tokenizer_in_comfyui: str = ""
@@ -130,12 +132,14 @@ COMPONENTS = {
         ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model.")),
     "clip": Component(
         "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
-        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",),
+        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",), (),
         "clip_tokenizer_path", "tokenizer", "comfy/sd1_tokenizer"),
     "t5": Component(
         "T5-XXL, such as t5xxl_fp16.safetensors", "t5_path", "text_encoder_2", "T5EncoderModel",
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
         ("text_encoders.t5xxl.transformer.",),
+        # UMT5, which Wan has, repeats its position bias in every block
+        ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
         "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer"),
 }  # fmt: skip
 
@@ -165,21 +169,28 @@ class Flux(Family):
         parts = {name: self._weights(name) for name in COMPONENTS}
         for name in self.text_encoders:
             self._tokenizer_folder(name)
-        single = not parts["transformer"].path.is_dir()
+        transformer, single = parts["transformer"], not parts["transformer"].path.is_dir()
+
+        def shape(name: str) -> tuple[int, ...]:
+            return transformer.shape(bfl_source(name)[0] if single else name)
+
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
-        for name, given, taken_by in (
-            ("vae", channels, "proj_out"),
-            ("clip", _width(parts["clip"], "token_embedding.weight"), "time_text_embed.text_embedder.linear_1"),
-            ("t5", _width(parts["t5"], "shared.weight", "embed_tokens.weight"), "context_embedder"),
+        for name, given, taken in (
+            ("vae", channels, shape("proj_out.weight")[0] // 4),
+            ("clip", _width(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
+            ("t5", _width(parts["t5"]), shape("context_embedder.weight")[1]),
         ):
-            tensor = f"{taken_by}.weight"
-            shape = parts["transformer"].shape(bfl_source(tensor)[0] if single else tensor)
-            taken = shape[0] // 4 if name == "vae" else shape[1]
             if given != taken:
                 raise SettingsError(
                     f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
                     f"{taken}; give {COMPONENTS[name].title}"
                 )
+        if shape("x_embedder.weight")[1] != channels * 4:
+            raise SettingsError(
+                f"{transformer.option}: '{transformer.path}' takes {shape('x_embedder.weight')[1] // 4} channels, not "
+                f"the {channels} of a picture alone; variants with further picture inputs (Fill, Depth, Canny) cannot "
+                "be trained"
+            )
 
     def identity(self, part: str) -> str:
         identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
@@ -220,6 +231,8 @@ class Flux(Family):
         weights = Weights(path, setting, part.prefixes, part.markers[0])
         if missing := [marker for marker in part.markers if marker not in weights]:
             raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has no '{missing[0]}')")
+        if foreign := [name for name in part.foreign if name in weights]:
+            raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has '{foreign[0]}')")
         return weights
 
     def _tokenizer_folder(self, name: str) -> Path:
@@ -381,7 +394,7 @@ class Flux(Family):
 def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
     """2x2 patches of latents as tokens of 4C features: NTD."""
     n, c, h, w = latents_NCHW.shape
-    return latents_NCHW.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+    return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
 
 
 def position_ids(num_text_tokens: int, height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -628,8 +641,9 @@ def _t5_name(name: str, weights: Weights) -> str:
     return name
 
 
-def _width(weights: Weights, *endings: str) -> int:
-    """Features of the embedding whose name has one of these endings."""
+def _width(weights: Weights) -> int:
+    """Features of a text encoder."""
+    endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
     return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
 
 
