@@ -144,12 +144,12 @@ class Family(ABC):
         """The image encoder on ``device``, in eval mode."""
 
     @abstractmethod
-    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
         """Latents of pictures or clips, normalised as the denoiser wants them.
 
         Args:
             pixels_NCFHW: In [-1, 1], on the device of ``vae``; F is 1 for pictures.
-            generator: For encoders that draw from their posterior.
+            generators: One for each picture, on the CPU, for encoders that draw from their posterior.
 
         Returns:
             At least ``latents``, batch first. Pictures of image models have no frame dimension.

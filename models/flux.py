@@ -266,10 +266,12 @@ class Flux(Family):
             fill(vae, lambda name: _matrix(name, weights.read(ldm_vae_name(name, levels))), self.dtype, device)
         return vae.eval()
 
-    def encode_media(self, vae: Any, pixels_NCFHW: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def encode_media(
+        self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
         pixels_NCHW = pixels_NCFHW.squeeze(2).to(self.dtype)
         with torch.no_grad():
-            latents_NCHW = vae.encode(pixels_NCHW).latent_dist.sample(generator)
+            latents_NCHW = vae.encode(pixels_NCHW).latent_dist.sample(list(generators))
         return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:

@@ -52,7 +52,8 @@ def examples(family: Family, number: int = 2) -> list[Example]:
     """Samples of noise pictures, 64 wide and 32 high, through the family's own encoders."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(number, 3, 1, 32, 64, generator=generator) * 2 - 1
-    media = family.encode_media(family.load_vae(CPU), pixels, generator)
+    generators = [torch.Generator().manual_seed(2 + i) for i in range(number)]
+    media = family.encode_media(family.load_vae(CPU), pixels, generators)
     text = {}
     for name in family.text_encoders:
         text |= family.encode_text(name, family.load_text_encoder(name, CPU), ["a red cat", "a photo"][:number])

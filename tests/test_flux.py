@@ -194,11 +194,21 @@ def test_text_equals_encode_prompt(folder, dtype):
 def test_latents_equal_the_pipelines(folder, dtype):
     family = flux(folder, dtype=str(dtype).removeprefix("torch."))
     pixels = torch.rand(2, 3, 1, 48, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    latents = family.encode_media(family.load_vae(CPU), pixels, torch.Generator().manual_seed(7))["latents"]
+    vae = family.load_vae(CPU)
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in (7, 8)]
+
+    # One by one, as the pipeline encodes when it has several generators
+    latents = torch.cat([
+        family.encode_media(vae, pixels[i : i + 1], [generator])["latents"] for i, generator in enumerate(generators())
+    ])  # fmt: skip
+    together = family.encode_media(vae, pixels, generators())["latents"]
     pipeline = FluxImg2ImgPipeline.from_pipe(library_pipeline(folder, dtype), torch_dtype=dtype)
     with torch.no_grad():
-        expected = pipeline._encode_vae_image(pixels[:, :, 0].to(dtype), torch.Generator().manual_seed(7))
+        expected = pipeline._encode_vae_image(pixels[:, :, 0].to(dtype), generators())
     assert torch.equal(latents, expected)
+    torch.testing.assert_close(together, latents)
     assert latents.shape == (2, 16, 6, 4)
     assert latents.dtype == dtype
 

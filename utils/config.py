@@ -76,6 +76,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     """One line for each problem in ``error``: ``dotted.path: what is wrong and what to do``."""
     for problem in error.errors():
         keys, owner = _locate(problem["loc"], model)
+        if not keys and problem["type"] == "value_error":  # a table's own check, which names its options
+            yield _message(dict(problem), keys, owner)
+            continue
         path = ".".join([prefix, *keys] if prefix else keys) or "settings"
         yield f"{path}: {_message(dict(problem), keys, owner)}"
 

@@ -1,0 +1,262 @@
+"""Every setting of a run: the top level of ``train.toml`` and its tables, and ``dataset.toml``.
+
+The order of fields is the order in documentation. Keys are those of the files that people already have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import Field, create_model, field_validator, model_validator
+
+from ..models import families
+from ..models.base import Family, ModelConfig
+from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
+
+logger = logging.getLogger(__name__)
+
+
+class Lora(Table):
+    """Low-rank adapter. Leave the table out to train all weights."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = option(32, "Rank of the update: higher learns more detail and makes a larger file.", ge=1, le=1024, step=1)
+    alpha: float | None = option(
+        None, "The update is scaled by alpha / rank. Left out: equal to rank, that is no scaling.", gt=0, step=1, ui_max=1024)
+    dropout: float = option(0.0, "Share of the adapter's inputs that is dropped while training.", ge=0, lt=1, step=0.01)
+    dtype: Dtype | None = option(
+        None, "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype.")
+    target_modules: list[str] | None = option(
+        None, "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj. "
+        "Left out: every linear layer of the blocks.")
+    exclude_modules: list[str] | None = option(
+        None, "Modules that get no adapter although they are targets, by the end of their name.", advanced=True)
+    init_from_existing: str | None = option(
+        None, "A LoRA to start from: a .safetensors file or a folder that holds one.", picker="loras")
+
+
+class Optimizer(Table):
+    """Which optimizer, and its arguments; what is left out is the optimizer's own default."""
+
+    type: str = option(..., "adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, Adafactor, Prodigy, automagic, "
+                       "sgd, or the name of any class in pytorch_optimizer.")
+    lr: float | None = option(None, "Learning rate. Prodigy finds its own and wants 1.0 here; automagic ignores it.",
+                              ge=0, le=10, step=1e-8)
+    betas: list[float] | None = option(None, "Decay of the running averages of gradient and squared gradient.")
+    weight_decay: float | None = option(None, "Pull of the weights towards zero.", ge=0, step=0.001)
+    eps: float | None = option(None, "Guards the division by the root of the squared gradient.", gt=0, step=1e-12, advanced=True)
+    model_config = {**Table.model_config, "extra": "allow"}
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"each must be at least 0 and less than 1, got {value}")
+        return value
+
+
+class Monitoring(Table):
+    """Where curves go besides TensorBoard."""
+
+    enable_wandb: bool = option(False, "Also log to Weights & Biases; the key comes from WANDB_API_KEY.")
+    wandb_tracker_name: str | None = option(None, "Project name there.")
+    wandb_run_name: str | None = option(None, "Run name there.")
+
+
+class TrainSettings(Table):
+    """The top level of ``train.toml``; `train_settings` builds it with the families' ``[model]`` tables."""
+
+    output_dir: str = option(..., "Folder that receives one run folder for each training.")
+    dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
+
+    epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps even if epochs are left.", ge=1, step=1)
+    micro_batch_size_per_gpu: int = option(1, "Pictures that one GPU works on at once.", ge=1, step=1, ui_max=1024)
+    gradient_accumulation_steps: int = option(
+        1, "Micro-batches that make up one optimizer step; also what fills the pipeline with several stages.",
+        ge=1, step=1, ui_max=1024)
+    gradient_clipping: float = option(
+        1.0, "Largest length of the gradient; longer ones are shortened to it. 0 switches clipping off.", ge=0, step=0.1)
+    seed: int = option(0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1)
+
+    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
+        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0.")
+    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
+    force_constant_lr: float | None = option(
+        None, "Use exactly this learning rate everywhere, also when resuming.", gt=0, step=1e-8, advanced=True)
+
+    number_of_gpus: int = option(
+        1, "Processes, one per GPU. From the command line the launcher's --num_gpus counts instead.", ge=1, step=1, ui_max=1024)
+    pipeline_stages: int = option(1, "Into how many parts the model is cut, one GPU each.", ge=1, step=1, ui_max=64)
+    partition_method: str = option(
+        "parameters", "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
+        "type:NAME (equal count of layers whose name matches), or manual.", advanced=True)
+    partition_split: list[int] | None = option(
+        None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True)
+    activation_checkpointing: bool | Literal["unsloth"] = option(
+        True, "Recompute each block in the backward pass instead of keeping its activations: much less memory, a third more time.")
+    reentrant_activation_checkpointing: bool = option(False, "The older form of checkpointing; there is rarely a reason.", advanced=True)
+    blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
+    disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
+    compile: bool = option(False, "Compile the blocks with torch.compile.", advanced=True)
+
+    save_every_n_epochs: int | None = option(None, "Export the adapter or model after every so many epochs.", ge=1, step=1)
+    save_every_n_steps: int | None = option(None, "Export the adapter or model after every so many steps.", ge=1, step=1)
+    save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
+    checkpoint_every_n_epochs: int | None = option(
+        None, "Write a checkpoint, from which training can go on, after every so many epochs.", ge=1, step=1)
+    checkpoint_every_n_minutes: int | None = option(None, "Write a checkpoint every so many minutes.", ge=1, step=1)
+    checkpoints_to_keep: int = option(2, "Older checkpoints are removed.", ge=1, step=1, ui_max=1000, advanced=True)
+    resume_from_checkpoint: bool | str = option(
+        False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True)
+
+    caching_batch_size: int = option(1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024)
+    cache_dir: str | None = option(None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True)
+    map_num_proc: int | None = option(None, "Processes that read pictures while caching.", ge=1, step=1, advanced=True)
+    video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
+        "none", "Which part of a video that is longer than its frame bucket is trained.")
+
+    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.")
+    eval_every_n_epochs: int | None = option(None, "Measure the loss of eval_datasets every so many epochs.", ge=1, step=1)
+    eval_every_n_steps: int | None = option(None, "Measure the loss of eval_datasets every so many steps.", ge=1, step=1)
+    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
+    eval_micro_batch_size_per_gpu: int | None = option(None, "Left out: as in training.", ge=1, step=1)
+    eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
+
+    steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
+    logging_steps: int = option(1, "Steps between two points of the curves.", ge=1, step=1, ui_max=100000, advanced=True)
+    x_axis_examples: bool = option(False, "Curves over pictures seen instead of steps.", advanced=True)
+    pseudo_huber_c: float | None = option(None, "Use the pseudo-Huber loss with this c.", gt=0, step=0.01, advanced=True)
+
+    model: Any
+    adapter: Lora | None = None
+    optimizer: Optimizer
+    monitoring: Monitoring = Monitoring()
+
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        problems = list(_unavailable(self))
+        if self.partition_method == "manual" and len(self.partition_split or []) != self.pipeline_stages - 1:
+            problems.append(f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
+                            f"pipeline_stages, got {self.partition_split}")
+        if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
+            problems.append(f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _unavailable(settings: TrainSettings) -> list[str]:
+    """Options of older files that this version cannot honour; better refused than silently ignored."""
+    found = []
+    if settings.blocks_to_swap:
+        found.append("blocks_to_swap: blocks cannot be swapped yet; set 0 and use activation_checkpointing, a smaller "
+                     "picture size or transformer_dtype = 'float8' to save memory")
+    if settings.activation_checkpointing == "unsloth":
+        found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
+    if settings.compile:
+        found.append("compile: not available yet; set false")
+    if settings.eval_datasets:
+        found.append("eval_datasets: evaluation is not available yet; leave it out")
+    if settings.pseudo_huber_c:
+        found.append("pseudo_huber_c: not available yet; leave it out")
+    if settings.monitoring.enable_wandb:
+        found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
+    if settings.adapter is None:
+        found.append("adapter: training all weights is not available yet; add a table [adapter] with type = 'lora'")
+    return found
+
+
+class Directory(Table):
+    """One ``[[directory]]``: a folder of pictures with its captions."""
+
+    path: str = option(..., "Folder of pictures; the caption of a.png is a.txt.")
+    num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
+    caption_prefix: str | None = option(None, "Put before every caption of this folder.")
+    resolutions: list[Any] | None = option(None, "As at the top level, for this folder alone.")
+    enable_ar_bucket: bool | None = option(None, "As at the top level, for this folder alone.")
+    min_ar: float | None = option(None, "As at the top level, for this folder alone.", gt=0)
+    max_ar: float | None = option(None, "As at the top level, for this folder alone.", gt=0)
+    num_ar_buckets: int | None = option(None, "As at the top level, for this folder alone.", ge=1)
+    ar_buckets: list[Any] | None = option(None, "As at the top level, for this folder alone.")
+
+
+class DatasetSettings(Table):
+    """The top level of ``dataset.toml``: defaults for all folders, then the folders."""
+
+    resolutions: list[int | list[int]] = option(
+        [512], "Sizes to train at: 512 means as many pixels as 512x512, [1280, 720] as many as that. "
+        "Every picture is trained at each of them.")
+    enable_ar_bucket: bool = option(True, "Keep pictures' shapes, sorted into buckets; off crops all to squares.")
+    min_ar: float = option(0.5, "Narrowest bucket: width / height.", gt=0, le=100, step=0.1)
+    max_ar: float = option(2.0, "Widest bucket: width / height.", gt=0, le=100, step=0.1)
+    num_ar_buckets: int = option(7, "Number of buckets between the two, evenly spaced on a logarithmic scale.", ge=1, le=1000, step=1)
+    ar_buckets: list[float | list[int]] | None = option(
+        None, "The buckets themselves, as ratios or [width, height] pairs, instead of range and number.")
+    frame_buckets: list[int] = option([1], "Lengths that videos are cut to, in frames; 1 is for pictures.")
+    num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
+    caption_prefix: str = option("", "Put before every caption.")
+    skip_empty_caption: bool = option(False, "Leave out pictures without a caption instead of training them with an empty one.")
+    directory: list[Directory] = option(..., "The folders, one [[directory]] each.", min_length=1)
+
+    @field_validator("resolutions")
+    @classmethod
+    def _resolutions(cls, value: list[Any]) -> list[Any]:
+        for entry in value:
+            sides = entry if isinstance(entry, list) else [entry]
+            if len(sides) > 2 or any(side < 16 for side in sides) or not sides:
+                raise ValueError(f"each must be a side of at least 16 or a [width, height] pair, got {entry}")
+        if not value:
+            raise ValueError("needs at least one, such as [512]")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DatasetSettings:
+        for table in [self, *self.directory]:
+            low, high = table.min_ar or self.min_ar, table.max_ar or self.max_ar
+            if low > high:
+                raise ValueError(f"min_ar: must not be above max_ar, got {low} and {high}")
+        return self
+
+
+@cache
+def train_settings() -> type[TrainSettings]:
+    """`TrainSettings` whose ``model`` is the union of all families' ``[model]`` tables, told apart by ``type``."""
+    configs = tuple(family.Config for family in families().values())
+    union: Any = Annotated[Union[configs], Field(discriminator="type")] if len(configs) > 1 else configs[0]  # noqa: UP007
+    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(union, ...))
+
+
+def load_train_settings(path: Path) -> TrainSettings:
+    """Settings of a ``train.toml``; raises `SettingsError` with all problems at once."""
+    return parse_train_settings(read_toml(path))
+
+
+def parse_train_settings(values: Mapping[str, Any]) -> TrainSettings:
+    """Settings from the tables of a ``train.toml``; the graph and the file come through here."""
+    model = values.get("model")
+    kind = model.get("type") if isinstance(model, Mapping) else None
+    if kind is not None and kind not in families():
+        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
+    return validate(train_settings(), values)
+
+
+def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
+    """Settings from the tables of a ``dataset.toml``."""
+    return validate(DatasetSettings, values)
+
+
+def family_of(settings: TrainSettings) -> Family:
+    """The family that ``[model]`` names, ready to load its parts."""
+    config: ModelConfig = settings.model
+    return families()[config.type](config)
+
+
+def as_toml(settings: Table) -> dict[str, Any]:
+    """The tables to write for ``settings``: what is unset stays out, defaults are written."""
+    return without_none(settings.model_dump(mode="json"))
