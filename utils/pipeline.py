@@ -127,12 +127,17 @@ class Chain(PipelineModule):
     """The links of this process's stage."""
 
     def __init__(self, layers: Sequence[Layer], num_stages: int, bounds: Sequence[int],
-                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool) -> None:
+                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool, compiled: bool = False) -> None:
         self._bounds = list(bounds)
         self._checkpointing = checkpointing
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
+        if compiled:  # alike blocks share one compilation
+            for link in self.forward_funcs:
+                if link.layer.is_block:
+                    for module in link.children():
+                        module.compile()
 
     def _partition_layers(self, method: str = "") -> None:  # quirk partition
         self.parts = self._bounds

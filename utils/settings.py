@@ -102,7 +102,10 @@ class TrainSettings(Table):
     reentrant_activation_checkpointing: bool = option(False, "Accepted from older files; checkpointing always takes the newer form, whose results are the same.", advanced=True)
     blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
-    compile: bool = option(False, "Compile the blocks with torch.compile.", advanced=True)
+    compile: bool = option(
+        False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True)
+    attention_backend: Literal["auto", "native", "cudnn"] = option(
+        "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True)
 
     save_every_n_epochs: int | None = option(None, "Export the adapter or model after every so many epochs.", ge=1, step=1)
     save_every_n_steps: int | None = option(None, "Export the adapter or model after every so many steps.", ge=1, step=1)
@@ -159,8 +162,6 @@ def _unavailable(settings: TrainSettings) -> list[str]:
                      "picture size or transformer_dtype = 'float8' to save memory")
     if settings.activation_checkpointing == "unsloth":
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
-    if settings.compile:
-        found.append("compile: not available yet; set false")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
     if settings.pseudo_huber_c:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import attention
 from .adapters import alpha_of, export_tensors, inject, load_existing
 from .cache import Cache
 from .checkpoint import Trained, export_adapter, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -147,6 +148,7 @@ class Trainer:
     def _build(self) -> tuple[Engine, Trained]:
         s = self.settings
         self._say(phase="loading the model")
+        attention.choose(s.attention_backend, self.world.device)
         # With several stages each GPU holds only its own layers, so the whole model passes through main memory.
         device = self.world.device if s.pipeline_stages == 1 else torch.device("cpu")
         denoiser = self.family.load_denoiser(device)
@@ -157,7 +159,7 @@ class Trainer:
         layers = self.family.layers(denoiser)
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
-        chain = Chain(layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing))
+        chain = Chain(layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing), s.compile)
         del denoiser, layers
         parameters = [p for p in chain.parameters() if p.requires_grad]
         if not parameters:  # DeepSpeed wants an optimizer on every stage

@@ -1,0 +1,157 @@
+"""Seconds per step, peak memory and FLOPs utilisation of a training at real size, without model files.
+
+    python benchmarks/train_step.py [--width 1024 --height 1024 --batch 1 --rank 16 --steps 20] [setting ...]
+
+Weights are random and made on the GPU; latents and embeddings are random and come through the trainer's
+own loader. Everything else is what ``train.py`` does: loader, engine, optimizer, curves, status file.
+Each setting runs in a process of its own. Settings are comma-separated ``key=value`` pairs of train.toml,
+such as ``activation_checkpointing=false,compile=true``; "" is the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
+"""Measured dense bf16 matrix rates."""
+
+
+def load_package() -> None:
+    """This folder as a package of one fixed name."""
+    spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
+    assert spec and spec.loader
+    entry = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(entry)
+    entry.load_package()
+
+
+def random_denoiser(device: Any, small: bool) -> Any:
+    """FLUX.1-dev with random weights, made on ``device``."""
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers import FluxTransformer2DModel
+
+    shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if small else {}
+    with init_empty_weights():
+        model = FluxTransformer2DModel(guidance_embeds=True, **shape).to(torch.bfloat16)
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.ndim == 1 and name.endswith("weight"):
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
+    """A trainer whose model and data are random."""
+    import torch
+    from diffusion_trainer.models.flux import Flux
+    from diffusion_trainer.utils.buckets import Bucket
+    from diffusion_trainer.utils.dataset import Sample
+    from diffusion_trainer.utils.pipeline import join_world
+    from diffusion_trainer.utils.run_folder import RunFolder
+    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+    from diffusion_trainer.utils.trainer import Trainer
+
+    class RandomFlux(Flux):
+        def check_files(self) -> None: ...
+
+        def load_denoiser(self, device: torch.device) -> Any:
+            return random_denoiser(device, arguments.small)
+
+    class RandomCache:
+        samples = [Sample(f"{n}.png", str(n), Bucket(arguments.width, arguments.height), "") for n in range(64)]
+
+        def load(self, sample: Sample) -> Any:
+            text = 768, (512, 4096)
+            return ({"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
+                    {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()})
+
+    class Benchmark(Trainer):
+        seconds: list[float] = []
+
+        def _prepare_data(self) -> Any:
+            return RandomCache()
+
+        def _report(self, *report: Any) -> None:
+            super()._report(*report)
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter())
+
+        def _export(self, *unused: Any) -> None: ...
+
+        def _checkpoint(self, *unused: Any) -> None: ...
+
+    values = {"output_dir": str(folder), "epochs": 1000, "max_steps": arguments.steps, "micro_batch_size_per_gpu": arguments.batch,
+              "steps_per_print": 10**6, "model": {"type": "flux"}, "adapter": {"type": "lora", "rank": arguments.rank},
+              "optimizer": {"type": "adamw", "lr": 1e-4}}
+    for key, value in changes.items():
+        table, _, name = key.rpartition(".")
+        (values[table] if table else values)[name] = value
+    settings = parse_train_settings(values)
+    dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
+    trainer = Benchmark(settings, dataset, join_world(), RunFolder.create(folder))
+    trainer.family = RandomFlux(settings.model)
+    return trainer
+
+
+def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
+    """Runs one setting in this process."""
+    import torch
+
+    load_package()
+    changes = dict(pair.split("=", 1) for pair in setting.split(",") if pair)
+    changes = {key: tomllib.loads(f"v = {value}")["v"] for key, value in changes.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(arguments, changes, Path(folder))
+        trainer.run()
+    stamps = trainer.seconds
+    warm = stamps[max(3, len(stamps) // 3) :]
+    steps = sorted(b - a for a, b in zip(warm, warm[1:], strict=False))
+    cuda = torch.cuda.is_available()
+    return {"setting": setting or "default", "seconds": (warm[-1] - warm[0]) / (len(warm) - 1), "median": steps[len(steps) // 2],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+            "loss": trainer.status.loss, "first_step": stamps[1] - stamps[0],
+            "device": torch.cuda.get_device_name() if cuda else "cpu"}
+
+
+def main() -> None:
+    """Runs all settings and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", default=["activation_checkpointing=true", "activation_checkpointing=false"])
+    for name, default in (("width", 1024), ("height", 1024), ("batch", 1), ("rank", 16), ("steps", 20)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
+    parser.add_argument("--one", action="store_true", help="run the one setting here and print JSON")
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments, arguments.settings[0])))
+        return
+    print(f"{'s/step':>8} {'median':>8} {'peak GiB':>9} {'reserved':>9} {'loss':>8}  setting", flush=True)
+    flags = [f"--{name}={getattr(arguments, name)}" for name in ("width", "height", "batch", "rank", "steps")]
+    for setting in arguments.settings:
+        command = [sys.executable, __file__, "--one", *flags, *(["--small"] if arguments.small else []), "--", setting]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"failed: {setting}\n{done.stderr[-1500:]}", flush=True)
+            continue
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        memory = f"{row['peak_gib']:9.1f} {row['reserved_gib']:9.1f}" if row["peak_gib"] is not None else f"{'':9} {'':9}"
+        print(f"{row['seconds']:8.3f} {row['median']:8.3f} {memory} {row['loss']:8.4f}  {row['setting']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
