@@ -6,6 +6,7 @@ them are found again when those in between are dead, and nobody else's process i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -57,14 +58,14 @@ class Registry:
         for path in self.folder.glob("*.json"):
             with suppress(FileNotFoundError):  # removed meanwhile by another process
                 record = json.loads(path.read_text("utf-8"))
-                if record["host"] == socket.gethostname():  # a home folder may serve several machines
+                if record["machine"] == socket.gethostname():  # a home folder may serve several machines
                     records.append(record)
         return sorted(records, key=lambda record: record["started"])
 
     def write(self, mark: str, record: dict[str, Any]) -> None:
         """Notes ``record`` (with its ``started`` time) under ``mark``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._path(mark), json.dumps(record | {"host": socket.gethostname()}, indent=1))
+        write_whole(self._path(mark), json.dumps(record | {"machine": socket.gethostname()}, indent=1))
 
     def remove(self, mark: str) -> None:
         """Forgets what is noted under ``mark``."""
@@ -193,7 +194,7 @@ def free_port(host: str = "127.0.0.1", *, wanted: int = 0, avoid: set[int] | fro
             try:
                 probe.bind((host, port))
             except OSError as error:
-                if isinstance(error, socket.gaierror) or not port:
+                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     raise
                 continue
             if (found := probe.getsockname()[1]) not in avoid:
