@@ -108,7 +108,8 @@ class Family(ABC):
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
     high_precision: ClassVar[tuple[str, ...]] = ()
-    """Parameters whose name contains one of these stay at `dtype` when `transformer_dtype` is float8."""
+    """Parameters in whose name one of these regular expressions is found stay at `dtype` when
+    `transformer_dtype` is float8."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -143,12 +144,12 @@ class Family(ABC):
         """The image encoder on ``device``, in eval mode."""
 
     @abstractmethod
-    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
         """Latents of pictures or clips, normalised as the denoiser wants them.
 
         Args:
             pixels_NCFHW: In [-1, 1], on the device of ``vae``; F is 1 for pictures.
-            generator: For encoders that draw from their posterior.
+            generators: One for each picture, on the CPU, for encoders that draw from their posterior.
 
         Returns:
             At least ``latents``, batch first. Pictures of image models have no frame dimension.
@@ -214,6 +215,10 @@ class Family(ABC):
     def lora_keys(self, module_name: str) -> str:
         """The name that ComfyUI reads for module ``module_name`` of the denoiser, without suffix."""
 
+    def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A denoiser's parameters, by name, as the single file that ComfyUI loads has them."""
+        return dict(tensors)
+
     @abstractmethod
     def pipeline(self, denoiser: nn.Module, device: torch.device) -> Any:
         """The family's diffusers pipeline around a live denoiser, for pictures."""
@@ -251,6 +256,15 @@ def require_path(value: str | None, name: str, expected: str) -> Path:
     if not path.exists():
         raise SettingsError(f"{name}: '{path}' does not exist; give {expected}")
     return path
+
+
+def in_comfyui(relative: str) -> Path | None:
+    """The path of something that ComfyUI ships, if this package lies in its ``custom_nodes`` folder."""
+    package = Path(__file__).absolute().parent.parent
+    for folder in (package, package.resolve()):  # a package may be linked into custom_nodes
+        if folder.parent.name == "custom_nodes" and (folder.parent.parent / relative).exists():
+            return folder.parent.parent / relative
+    return None
 
 
 def fingerprint(path: Path) -> str:

@@ -1,0 +1,688 @@
+"""Flux.1: dev, schnell and models trained from them, by Black Forest Labs.
+
+A rectified-flow transformer over 2x2 patches of 16-channel latents. Text and image tokens pass the
+double blocks as two streams with joint attention, then the single blocks as one sequence. Guidance
+is an input of dev (distilled); schnell has none. The network predicts noise - x0.
+
+Reference: https://github.com/black-forest-labs/flux, and diffusers' FluxPipeline, which the layers here
+equal bit for bit. Licence of the weights: schnell Apache-2.0, dev FLUX.1 [dev] Non-Commercial.
+
+Shape legend: N batch, C latent channels, H W height and width of the latents, T image tokens (H/2 * W/2),
+L text tokens, D features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from ..utils.config import SettingsError, option
+from ..utils.imports import lazy
+from ..utils.weights import Weights, build, fill
+from .base import (
+    Batch,
+    Example,
+    Family,
+    Layer,
+    ModelConfig,
+    fingerprint,
+    in_comfyui,
+    read_json,
+    require_path,
+    resolution_shift,
+)
+
+if TYPE_CHECKING:
+    import diffusers
+    import tokenizers
+    import torch
+    import transformers
+    from torch import nn
+else:
+    diffusers, tokenizers, torch, transformers = map(lazy, ("diffusers", "tokenizers", "torch", "transformers"))
+
+CLIP_LENGTH = 77
+VAE_SCALING, VAE_SHIFT = 0.3611, 0.1159
+"""Of the latents; from the reference code's AutoEncoder parameters, as a single file does not hold them."""
+DEV_SCHEDULE: dict[str, Any] = {
+    "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
+    "base_image_seq_len": 256, "max_image_seq_len": 4096,
+}  # fmt: skip
+SCHNELL_SCHEDULE: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
+
+
+class FluxConfig(ModelConfig):
+    """Flux.1 dev or schnell, from a diffusers folder, from single files as ComfyUI has them, or from both."""
+
+    type: Literal["flux"] = "flux"
+    diffusers_path: str | None = option(
+        None, "Folder of the whole model in diffusers layout. What a path below names is taken from there instead.",
+        picker="diffusers")
+    transformer_path: str | None = option(
+        None, "Transformer as a single file, such as flux1-dev.safetensors.", picker="diffusion_models")
+    vae_path: str | None = option(None, "VAE as a single file, such as ae.safetensors.", picker="vae")
+    clip_path: str | None = option(
+        None, "CLIP-L text encoder as a single file, such as clip_l.safetensors.", picker="text_encoders")
+    t5_path: str | None = option(
+        None, "T5-XXL text encoder as a single file, such as t5xxl_fp16.safetensors.", picker="text_encoders")
+    clip_tokenizer_path: str | None = option(
+        None, "Folder of the CLIP tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True)
+    t5_tokenizer_path: str | None = option(
+        None, "Folder of the T5 tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True)
+    bypass_guidance_embedding: bool = option(
+        False, "Leave the guidance input out of the model; for models trained without it, such as Flex.1-alpha.",
+        advanced=True)
+    guidance: float = option(1.0, "Guidance that dev is told while training. 1 leaves later guidance intact.",
+                             ge=0, step=0.1)
+    flux_shift: bool = option(
+        False, "Move training towards high noise as Flux samples: more for larger pictures. 'shift' overrides it.")
+    max_sequence_length: int = option(
+        512, "T5 tokens per caption, 512 for dev and 256 for schnell; longer captions are cut.",
+        ge=1, le=512, advanced=True)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model: how it is called in each place and how to know its file."""
+
+    title: str
+    option: str
+    folder: str
+    """In a diffusers folder."""
+    class_name: str
+    markers: tuple[str, ...]
+    """Tensors that each single file of it has."""
+    prefixes: tuple[str, ...]
+    """Before its tensors' names in files that hold more than it."""
+    tokenizer_option: str = ""
+    tokenizer_folder: str = ""
+    tokenizer_in_comfyui: str = ""
+
+
+COMPONENTS = {
+    "transformer": Component(
+        "a Flux transformer, such as flux1-dev.safetensors", "transformer_path", "transformer",
+        "FluxTransformer2DModel", ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+        ("model.diffusion_model.", "diffusion_model.")),
+    "vae": Component(
+        "the Flux VAE, such as ae.safetensors", "vae_path", "vae", "AutoencoderKL",
+        ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model.")),
+    "clip": Component(
+        "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
+        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",),
+        "clip_tokenizer_path", "tokenizer", "comfy/sd1_tokenizer"),
+    "t5": Component(
+        "T5-XXL, such as t5xxl_fp16.safetensors", "t5_path", "text_encoder_2", "T5EncoderModel",
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+        ("text_encoders.t5xxl.transformer.",),
+        "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer"),
+}  # fmt: skip
+
+
+@dataclass
+class TextEncoder:
+    """A text encoder with its tokenizer."""
+
+    tokenizer: Any
+    model: Any
+
+
+class Flux(Family):
+    """Flux.1 in the hands of the trainer."""
+
+    title = "Flux"
+    Config = FluxConfig
+    config: FluxConfig
+    size_multiple = 16
+    text_encoders = ("clip", "t5")
+    adapter_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    high_precision = ("^time_text_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out")
+
+    # -- files ------------------------------------------------------------------------------------
+
+    def check_files(self) -> None:
+        parts = {name: self._weights(name) for name in COMPONENTS}
+        for name in self.text_encoders:
+            self._tokenizer_folder(name)
+        single = not parts["transformer"].path.is_dir()
+        channels = parts["vae"].shape("decoder.conv_in.weight")[1]
+        for name, given, taken_by in (
+            ("vae", channels, "proj_out"),
+            ("clip", _width(parts["clip"], "token_embedding.weight"), "time_text_embed.text_embedder.linear_1"),
+            ("t5", _width(parts["t5"], "shared.weight", "embed_tokens.weight"), "context_embedder"),
+        ):
+            tensor = f"{taken_by}.weight"
+            shape = parts["transformer"].shape(bfl_source(tensor)[0] if single else tensor)
+            taken = shape[0] // 4 if name == "vae" else shape[1]
+            if given != taken:
+                raise SettingsError(
+                    f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
+                    f"{taken}; give {COMPONENTS[name].title}"
+                )
+
+    def identity(self, part: str) -> str:
+        identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
+        if part in self.text_encoders:
+            identity["tokenizer"] = fingerprint(self._tokenizer_folder(part))
+            identity["length"] = str(CLIP_LENGTH if part == "clip" else self.config.max_sequence_length)
+        return json.dumps(identity)
+
+    def _place(self, name: str) -> tuple[Path, str]:
+        """The file or folder of a component, and the setting that names it."""
+        part = COMPONENTS[name]
+        if value := getattr(self.config, part.option):
+            return require_path(value, f"model.{part.option}", part.title), f"model.{part.option}"
+        if not self.config.diffusers_path:
+            raise SettingsError(f"model.{part.option}: give {part.title}; or give model.diffusers_path")
+        root = require_path(self.config.diffusers_path, "model.diffusers_path", "a Flux folder in diffusers layout")
+        if not (root / part.folder).is_dir():
+            raise SettingsError(
+                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give a Flux folder in diffusers layout, "
+                f"or in model.{part.option} {part.title}"
+            )
+        return root / part.folder, "model.diffusers_path"
+
+    def _weights(self, name: str) -> Weights:
+        """The tensors of a component, known to be of the right kind; reads headers only."""
+        part, (path, setting) = COMPONENTS[name], self._place(name)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise SettingsError(
+                    f"{setting}: '{path}' has no config.json; give {part.title}, or the folder '{part.folder}' of a "
+                    "Flux folder in diffusers layout"
+                )
+            config = read_json(path / "config.json")
+            found = config.get("_class_name") or ", ".join(config.get("architectures") or ["of unknown class"])
+            if part.class_name not in found:
+                raise SettingsError(f"{setting}: '{path}' holds a model {found}, not {part.class_name}")
+            return Weights(path, setting)
+        weights = Weights(path, setting, part.prefixes, part.markers[0])
+        if missing := [marker for marker in part.markers if marker not in weights]:
+            raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has no '{missing[0]}')")
+        return weights
+
+    def _tokenizer_folder(self, name: str) -> Path:
+        part = COMPONENTS[name]
+        setting = f"model.{part.tokenizer_option}"
+        places = [in_comfyui(part.tokenizer_in_comfyui)]
+        if self.config.diffusers_path:
+            places.insert(0, Path(self.config.diffusers_path).expanduser() / part.tokenizer_folder)
+        if value := getattr(self.config, part.tokenizer_option):
+            places = [require_path(value, setting, f"a folder like '{part.tokenizer_folder}' of FLUX.1-dev")]
+        for folder in places:
+            if folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
+                return folder
+        raise SettingsError(
+            f"{setting}: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
+            f"'{part.tokenizer_folder}' of FLUX.1-dev, or model.diffusers_path, or ComfyUI's '{part.tokenizer_in_comfyui}'"
+        )
+
+    # -- encoding, once per sample, cached ----------------------------------------------------------
+
+    def load_vae(self, device: torch.device) -> nn.Module:
+        weights = self._weights("vae")
+        if weights.path.is_dir():
+            vae = build(lambda: diffusers.AutoencoderKL.from_config(read_json(weights.path / "config.json")))
+            fill(vae, weights.read, self.dtype, device)
+        else:
+            config = vae_config(weights)
+            vae = build(lambda: diffusers.AutoencoderKL(**config))
+            levels = len(config["block_out_channels"])
+            fill(vae, lambda name: _matrix(name, weights.read(ldm_vae_name(name, levels))), self.dtype, device)
+        return vae.eval().requires_grad_(False)
+
+    def encode_media(
+        self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
+        pixels_NCHW = pixels_NCFHW.squeeze(2).to(self.dtype)
+        with torch.no_grad():
+            latents_NCHW = vae.encode(pixels_NCHW).latent_dist.sample(list(generators))
+        return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
+
+    def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
+        weights, folder = self._weights(name), self._tokenizer_folder(name)
+        is_folder = weights.path.is_dir()
+        if name == "clip":
+            config = transformers.CLIPTextConfig(**(_json_config(weights) if is_folder else clip_config(weights)))
+            model = build(lambda: transformers.CLIPTextModel(config))
+            fill(model, lambda tensor: weights.read(_clip_name(tensor, weights)), self.dtype, device)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+        else:
+            config = transformers.T5Config(**(_json_config(weights) if is_folder else t5_config(weights)))
+            model = build(lambda: transformers.T5EncoderModel(config))
+            model.tie_weights()
+            # transformers keeps these in float32 beside float16, where their output overflows
+            float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
+            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32)
+            tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)
+        return TextEncoder(tokenizer, model.eval().requires_grad_(False))
+
+    def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        length = CLIP_LENGTH if name == "clip" else self.config.max_sequence_length
+        tokens = encoder.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        with torch.no_grad():  # without the attention mask: Flux was trained to see the padding
+            output = encoder.model(tokens.input_ids.to(encoder.model.device))
+        if name == "clip":
+            return {"clip_pooled": output.pooler_output.to(self.dtype)}
+        return {"t5_embeds": output.last_hidden_state.to(self.dtype)}
+
+    # -- training -----------------------------------------------------------------------------------
+
+    def load_denoiser(self, device: torch.device) -> nn.Module:
+        weights = self._weights("transformer")
+        is_folder = weights.path.is_dir()
+        config = _json_config(weights) if is_folder else transformer_config(weights)
+        if self.config.bypass_guidance_embedding:
+            config = {**config, "guidance_embeds": False}
+        denoiser = build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
+        fill(denoiser, weights.read if is_folder else partial(read_bfl, weights), self.dtype, device)
+        return denoiser
+
+    def layers(self, denoiser: nn.Module) -> list[Layer]:
+        embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")
+        embed = partial(_embed, has_guidance=denoiser.config.guidance_embeds)
+        layers = [Layer("embed", embed, {name: getattr(denoiser, name) for name in embedders})]
+        for stack in ("transformer_blocks", "single_transformer_blocks"):
+            for index, block in enumerate(getattr(denoiser, stack)):
+                layers.append(Layer(f"{stack}.{index}", _block, {"block": block}, is_block=True))
+        layers.append(Layer("out", _out, {"norm_out": denoiser.norm_out, "proj_out": denoiser.proj_out}))
+        return layers
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        x0_NCHW = torch.stack([example.media["latents"] for example in examples]).float()
+        noise_NCHW = torch.stack([example.noise for example in examples]).to(x0_NCHW)
+        latent_size = (x0_NCHW.shape[-2], x0_NCHW.shape[-1])
+        times = [self.timestep(example.quantile, latent_size) for example in examples]
+        t_N = torch.tensor(times, dtype=torch.float32, device=x0_NCHW.device)
+        t_N111 = t_N[:, None, None, None]
+        x_t_NCHW = t_N111 * noise_NCHW + (1.0 - t_N111) * x0_NCHW
+        # The network is told the time as the pipeline rounds it: t * 1000 in the latents' precision.
+        told_N = ((t_N * 1000).to(self.dtype) / 1000).float()
+        pooled_ND = torch.stack([example.text["clip_pooled"] for example in examples]).to(self.dtype)
+        text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
+        guidance_N = torch.full_like(t_N, self.config.guidance)
+        return Batch(
+            inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N),
+            target=pack(noise_NCHW - x0_NCHW),
+        )
+
+    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+        if self.config.shift is None and self.config.flux_shift:
+            return resolution_shift(latent_size)
+        return super().timestep_shift(latent_size)
+
+    # -- results ------------------------------------------------------------------------------------
+
+    def lora_keys(self, module_name: str) -> str:
+        return f"transformer.{module_name}"
+
+    def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return to_bfl(tensors)
+
+    def pipeline(self, denoiser: nn.Module, device: torch.device) -> diffusers.FluxPipeline:
+        clip, t5 = (self.load_text_encoder(name, device) for name in self.text_encoders)
+        schedule = DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE
+        if self.config.diffusers_path and not self.config.transformer_path:
+            file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
+            schedule = read_json(file) if file.is_file() else schedule
+        return diffusers.FluxPipeline(
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule),
+            vae=self.load_vae(device),
+            text_encoder=clip.model,
+            tokenizer=clip.tokenizer,
+            text_encoder_2=t5.model,
+            tokenizer_2=t5.tokenizer,
+            transformer=denoiser,
+        )
+
+    @classmethod
+    def write_miniature(cls, folder: Path, guidance: bool = True) -> dict[str, Any]:
+        """As `Family.write_miniature`; ``guidance`` says whether it is like dev or like schnell."""
+        clip_vocabulary = _write_clip_tokenizer(folder / "tokenizer")
+        t5_vocabulary = _write_t5_tokenizer(folder / "tokenizer_2")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parts = _miniature_parts(guidance, clip_vocabulary, t5_vocabulary)
+        index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+            index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
+        _write_json(folder / "model_index.json", index)
+        return {"type": "flux", "diffusers_path": str(folder), "dtype": "float32", "max_sequence_length": 32}
+
+
+# -- links of the chain ---------------------------------------------------------------------------------
+
+
+def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
+    """2x2 patches of latents as tokens of 4C features: NTD."""
+    n, c, h, w = latents_NCHW.shape
+    return latents_NCHW.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+
+
+def position_ids(num_text_tokens: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """(0, row, column) of each token, text (all zero) before the patches of an image of ``height`` x ``width``."""
+    ids = torch.zeros(height, width, 3, device=device)
+    ids[..., 1] = torch.arange(height, device=device)[:, None]
+    ids[..., 2] = torch.arange(width, device=device)
+    return torch.cat([ids.new_zeros(num_text_tokens, 3), ids.reshape(-1, 3)])
+
+
+Tensors = tuple["torch.Tensor", ...]
+
+
+def _embed(
+    modules: Any,
+    x_t_NCHW: torch.Tensor,
+    t_N: torch.Tensor,
+    pooled_ND: torch.Tensor,
+    text_NLD: torch.Tensor,
+    guidance_N: torch.Tensor,
+    has_guidance: bool,
+) -> Tensors:
+    x_NTD = modules.x_embedder(pack(x_t_NCHW))
+    times = [t_N, guidance_N] if has_guidance else [t_N]
+    temb_ND = modules.time_text_embed(*(time.to(x_NTD.dtype) * 1000 for time in times), pooled_ND)
+    ids = position_ids(text_NLD.shape[1], x_t_NCHW.shape[2] // 2, x_t_NCHW.shape[3] // 2, x_NTD.device)
+    cos, sin = modules.pos_embed(ids)
+    return x_NTD, modules.context_embedder(text_NLD), temb_ND, cos.contiguous(), sin.contiguous()
+
+
+def _block(
+    modules: Any,
+    x_NTD: torch.Tensor,
+    text_NLD: torch.Tensor,
+    temb_ND: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> Tensors:
+    """A double or a single block: they take and give the same."""
+    text_NLD, x_NTD = modules.block(x_NTD, text_NLD, temb_ND, (cos, sin))
+    return x_NTD.contiguous(), text_NLD.contiguous(), temb_ND, cos, sin
+
+
+def _out(modules: Any, x_NTD: torch.Tensor, _text: Any, temb_ND: torch.Tensor, *_rope: Any) -> torch.Tensor:
+    return modules.proj_out(modules.norm_out(x_NTD, temb_ND))
+
+
+# -- the transformer in Black Forest Labs' layout ---------------------------------------------------------
+
+TOP_MODULES = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "norm_out.linear": "final_layer.adaLN_modulation.1:swapped",
+    "proj_out": "final_layer.linear",
+}
+DOUBLE_MODULES = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.to_q": "img_attn.qkv:q",
+    "attn.to_k": "img_attn.qkv:k",
+    "attn.to_v": "img_attn.qkv:v",
+    "attn.add_q_proj": "txt_attn.qkv:q",
+    "attn.add_k_proj": "txt_attn.qkv:k",
+    "attn.add_v_proj": "txt_attn.qkv:v",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+SINGLE_MODULES = {
+    "norm.linear": "modulation.lin",
+    "attn.to_q": "linear1:q",
+    "attn.to_k": "linear1:k",
+    "attn.to_v": "linear1:v",
+    "proj_mlp": "linear1:mlp",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+    "proj_out": "linear2",
+}
+ROWS = ("q", "k", "v", "mlp")
+"""Order of the parts in a fused projection. The first three have the model's width of rows."""
+
+
+def bfl_source(name: str) -> tuple[str, str]:
+    """Where a parameter of diffusers' transformer lies in BFL's: the tensor's name and the part of it.
+
+    The part is empty (all of it), one of `ROWS`, or "swapped": BFL's last modulation gives shift before
+    scale, diffusers' scale before shift.
+    """
+    module, _, leaf = name.rpartition(".")
+    if match := re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", module):
+        stack, modules = ("single_blocks", SINGLE_MODULES) if match[1] else ("double_blocks", DOUBLE_MODULES)
+        target = f"{stack}.{match[2]}.{modules[match[3]]}"
+    else:
+        target = TOP_MODULES[module]
+    target, _, part = target.partition(":")
+    return f"{target}.{'scale' if target.endswith(('query_norm', 'key_norm')) else leaf}", part
+
+
+def read_bfl(weights: Weights, name: str) -> torch.Tensor:
+    """A parameter of diffusers' transformer from a file in BFL's layout."""
+    source, part = bfl_source(name)
+    if part in ROWS:
+        width, index = weights.shape("img_in.weight")[0], ROWS.index(part)
+        return weights.read(source, slice(index * width, None if part == "mlp" else (index + 1) * width))
+    value = weights.read(source)
+    return swap_halves(value) if part else value
+
+
+def to_bfl(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of diffusers' transformer in BFL's layout; the inverse of `read_bfl`."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        source, part = bfl_source(name)
+        parts.setdefault(source, {})[part] = swap_halves(tensor) if part == "swapped" else tensor
+    return {
+        name: torch.cat([found[part] for part in ROWS if part in found]) if "q" in found else next(iter(found.values()))
+        for name, found in parts.items()
+    }
+
+
+def swap_halves(value: torch.Tensor) -> torch.Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(value.chunk(2)[::-1])
+
+
+def transformer_config(weights: Weights) -> dict[str, Any]:
+    """Arguments of FluxTransformer2DModel for a file in BFL's layout, from names and shapes."""
+    head_dim = weights.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
+    width, in_channels = weights.shape("img_in.weight")
+    side = head_dim * 7 // 32 * 2  # 56 of 128, for rows and for columns; the first axis has what is left
+    return {
+        "in_channels": in_channels,
+        "out_channels": weights.shape("final_layer.linear.weight")[0],
+        "num_layers": weights.count("double_blocks."),
+        "num_single_layers": weights.count("single_blocks."),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
+        "joint_attention_dim": weights.shape("txt_in.weight")[1],
+        "pooled_projection_dim": weights.shape("vector_in.in_layer.weight")[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in weights,
+        "axes_dims_rope": (head_dim - 2 * side, side, side),
+    }
+
+
+# -- the other single files -------------------------------------------------------------------------------
+
+
+def vae_config(weights: Weights) -> dict[str, Any]:
+    """Arguments of AutoencoderKL for a file in the original layout, from names and shapes."""
+    levels = weights.count("encoder.down.")
+    channels = [weights.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    return {
+        "in_channels": weights.shape("encoder.conv_in.weight")[1],
+        "out_channels": weights.shape("decoder.conv_out.weight")[0],
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": tuple(channels),
+        "layers_per_block": weights.count("encoder.down.0.block."),
+        "latent_channels": weights.shape("decoder.conv_in.weight")[1],
+        "norm_num_groups": math.gcd(32, *channels),
+        "scaling_factor": VAE_SCALING,
+        "shift_factor": VAE_SHIFT,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
+    }
+
+
+def ldm_vae_name(name: str, levels: int) -> str:
+    """The name in an original VAE file of a parameter of AutoencoderKL with ``levels`` resolutions."""
+    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
+    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
+    for ours, theirs in (
+        (r"down_blocks", "down"), (r"resnets", "block"), (r"(down|up)samplers\.0", r"\1sample"),
+        (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_([qkv])\.", r"\1."),
+        (r"to_out\.0", "proj_out"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
+    ):  # fmt: skip
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The original VAE's attention has 1x1 convolutions where diffusers' has linear layers."""
+    return value.flatten(1) if ".attentions." in name and value.ndim > 1 else value
+
+
+def clip_config(weights: Weights) -> dict[str, Any]:
+    """Arguments of CLIPTextConfig for a single file. Heads have 64 features in every CLIP."""
+    vocabulary, width = weights.shape("text_model.embeddings.token_embedding.weight")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": weights.count("text_model.encoder.layers."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": weights.shape("text_model.embeddings.position_embedding.weight")[0],
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,  # as in Flux's own file; makes CLIP pool at the highest token, its real end token
+        "pad_token_id": 1,
+    }
+
+
+def t5_config(weights: Weights) -> dict[str, Any]:
+    """Arguments of T5Config for a single file of a version 1.1 encoder."""
+    block = "encoder.block.0.layer"
+    buckets, heads = weights.shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")
+    inner, width = weights.shape(f"{block}.0.SelfAttention.q.weight")
+    return {
+        "vocab_size": weights.shape(_t5_name("shared.weight", weights))[0],
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": weights.shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": weights.count("encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _clip_name(name: str, weights: Weights) -> str:
+    """Files have ``text_model.`` before every name, CLIPTextModel only in some versions of transformers."""
+    name = name.removeprefix("text_model.")
+    return f"text_model.{name}" if f"text_model.{name}" in weights else name
+
+
+def _t5_name(name: str, weights: Weights) -> str:
+    """The token embedding is one tensor with two names; a file has either or both."""
+    if name in ("shared.weight", "encoder.embed_tokens.weight") and name not in weights:
+        return "shared.weight" if "shared.weight" in weights else "encoder.embed_tokens.weight"
+    return name
+
+
+def _width(weights: Weights, *endings: str) -> int:
+    """Features of the embedding whose name has one of these endings."""
+    return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
+
+
+def _json_config(weights: Weights) -> dict[str, Any]:
+    return read_json(weights.path / "config.json")
+
+
+# -- miniature --------------------------------------------------------------------------------------------
+
+
+def _miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -> dict[str, Any]:
+    clip = transformers.CLIPTextConfig(
+        vocab_size=clip_vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=0, eos_token_id=2, pad_token_id=1)  # fmt: skip
+    t5 = transformers.T5Config(
+        vocab_size=t5_vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # fmt: skip
+    models = {
+        "transformer": diffusers.FluxTransformer2DModel(
+            in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6)),
+        "vae": diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=8,
+            scaling_factor=VAE_SCALING, shift_factor=VAE_SHIFT, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": transformers.CLIPTextModel(clip),
+        "text_encoder_2": transformers.T5EncoderModel(t5),
+    }  # fmt: skip
+    schedule = DEV_SCHEDULE if guidance else SCHNELL_SCHEDULE
+    return {
+        **{name: model.to(torch.bfloat16) for name, model in models.items()},
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**schedule),
+    }
+
+
+def _write_clip_tokenizer(folder: Path) -> int:
+    """A byte-level BPE that knows a few words; returns the size of its vocabulary."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    for word in ("a", "cat", "dog", "photo", "of", "red"):
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            merges.append(f"{pieces[0]} {pieces[1]}")
+            pieces[:2] = ["".join(pieces[:2])]
+            vocabulary.append(pieces[0])
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
+    _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(vocabulary)})
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges), ""]), "utf-8")
+    _write_json(folder / "special_tokens_map.json", special)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH},
+    )
+    return len(vocabulary)
+
+
+def _write_t5_tokenizer(folder: Path) -> int:
+    """A unigram model of printable ASCII and a few words; returns the size of its vocabulary."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -3.0) for word in ("a", "cat", "dog", "photo", "of", "red")]
+    pieces += [(chr(code), -6.0) for code in range(33, 127)]
+    tokenizer = transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

@@ -1,0 +1,204 @@
+"""What holds for every family in the registry, seen on its miniature."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusion_trainer.models import families
+from diffusion_trainer.models.base import Example, Family
+from diffusion_trainer.utils.config import read_toml, validate, write_toml
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def flux_forward(denoiser, x_t, t, pooled, text, guidance):
+    from diffusers import FluxPipeline
+
+    n, c, h, w = x_t.shape
+    return denoiser(
+        hidden_states=FluxPipeline._pack_latents(x_t, n, c, h, w),
+        timestep=t,
+        guidance=guidance if denoiser.config.guidance_embeds else None,
+        pooled_projections=pooled,
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3),
+        img_ids=FluxPipeline._prepare_latent_image_ids(n, h // 2, w // 2, CPU, torch.float32),
+        return_dict=False,
+    )[0]
+
+
+FORWARD = {"flux": flux_forward}
+"""For each family, the library's own forward on the inputs of the first link."""
+
+
+@pytest.fixture(scope="module", params=list(families()))
+def table(request, tmp_path_factory):
+    """The ``[model]`` table of a family's miniature."""
+    return families()[request.param].write_miniature(tmp_path_factory.mktemp(request.param))
+
+
+def load(table, **changes) -> Family:
+    family = families()[table["type"]]
+    return family(validate(family.Config, {**table, **changes}))
+
+
+def examples(family: Family, number: int = 2) -> list[Example]:
+    """Samples of noise pictures, 64 wide and 32 high, through the family's own encoders."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.rand(number, 3, 1, 32, 64, generator=generator) * 2 - 1
+    media = family.encode_media(family.load_vae(CPU), pixels, generator)
+    text = {}
+    for name in family.text_encoders:
+        text |= family.encode_text(name, family.load_text_encoder(name, CPU), ["a red cat", "a photo"][:number])
+    return [
+        Example(
+            {key: value[i] for key, value in media.items()},
+            {key: value[i] for key, value in text.items()},
+            torch.randn(media["latents"][i].shape, generator=generator),
+            quantile=0.3 + 0.4 * i,
+        )
+        for i in range(number)
+    ]
+
+
+def run(layers, inputs, see=lambda values: None):
+    """The chain's prediction; ``see`` is shown the tuple at every cut."""
+    for layer in layers:
+        inputs = layer.forward(SimpleNamespace(**layer.submodules), *inputs)
+        if layer is not layers[-1]:
+            see(inputs)
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_equal_the_librarys_forward(table, dtype):
+    family = load(table, dtype=dtype)
+    denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family))
+    cuts = []
+    with torch.no_grad():
+        prediction = run(family.layers(denoiser), batch.inputs, cuts.append)
+        expected = FORWARD[table["type"]](denoiser, *batch.inputs)
+    assert torch.equal(prediction, expected)
+    assert prediction.shape == batch.target.shape
+    assert batch.target.dtype == torch.float32
+    assert len({tuple(tensor.dtype for tensor in cut) for cut in cuts}) == 1
+    assert all(tensor.is_contiguous() and tensor.is_floating_point() for cut in cuts for tensor in cut)
+
+
+def test_gradients_of_the_layers_equal_the_librarys(table):
+    family = load(table, dtype="float32")
+    denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family))
+    gradients = []
+    for predict in (lambda *inputs: run(family.layers(denoiser), inputs), lambda *i: FORWARD[table["type"]](denoiser, *i)):
+        denoiser.zero_grad()
+        torch.nn.functional.mse_loss(predict(*batch.inputs), batch.target).backward()
+        gradients.append({name: parameter.grad for name, parameter in denoiser.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_parameter_is_held_by_one_link(table):
+    family = load(table)
+    denoiser = family.load_denoiser(CPU)
+    layers = family.layers(denoiser)
+    held = [{id(p) for module in layer.submodules.values() for p in module.parameters()} for layer in layers]
+    assert sum(len(part) for part in held) == len(set().union(*held))
+    assert set().union(*held) == {id(parameter) for parameter in denoiser.parameters()}
+    assert len({layer.name for layer in layers}) == len(layers)
+    assert any(layer.is_block for layer in layers)
+
+
+def test_names_in_the_attributes_exist(table):
+    family = load(table)
+    denoiser = family.load_denoiser(CPU)
+    classes = {type(module).__name__ for module in denoiser.modules()}
+    assert set(family.adapter_blocks) <= classes
+    names = [name for name, _ in denoiser.named_parameters()]
+    for pattern in family.high_precision:
+        assert any(re.search(pattern, name) for name in names), pattern
+
+
+def test_settings_survive_a_round_trip(table, tmp_path):
+    config = load(table).config
+    write_toml(tmp_path / "train.toml", {"model": config.model_dump()})
+    assert validate(type(config), read_toml(tmp_path / "train.toml")["model"], "model") == config
+
+
+def test_every_option_is_described(table):
+    for name, field in load(table).config.__class__.model_fields.items():
+        assert field.description or name == "type", name
+
+
+def test_miniature_is_small_and_the_same_every_time(table, tmp_path):
+    family = families()[table["type"]]
+    again = load({**table, **family.write_miniature(tmp_path)})
+    first = load(table)
+    states = [model.load_denoiser(CPU).state_dict() for model in (first, again)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert sum(value.numel() for value in states[0].values()) < 200_000
+    parts = ("vae", *family.text_encoders)
+    assert [first.identity(part) for part in parts] == [again.identity(part) for part in parts]
+
+
+def test_encoded_tensors_are_plain(table):
+    family = load(table, dtype="bfloat16")
+    for example in examples(family):
+        for tensor in (*example.media.values(), *example.text.values()):
+            assert tensor.is_floating_point()
+            assert not tensor.requires_grad
+        assert example.media["latents"].dtype == torch.bfloat16
+
+
+def test_collating_one_by_one_equals_a_batch(table):
+    family = load(table)
+    both = examples(family)
+    batch = family.collate(both)
+    for i, example in enumerate(both):
+        single = family.collate([example])
+        assert torch.equal(single.target[0], batch.target[i])
+        for one, many in zip(single.inputs, batch.inputs, strict=True):
+            assert torch.equal(one[0], many[i])
+    assert not torch.equal(family.collate([dataclasses.replace(both[0], quantile=0.9)]).inputs[0], batch.inputs[0][:1])
+
+
+def test_loss_falls_on_one_sample(table):
+    family = load(table, dtype="float32")
+    denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family, 1))
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3)
+    layers, losses = family.layers(denoiser), []
+    for _ in range(40):
+        loss = torch.nn.functional.mse_loss(run(layers, batch.inputs), batch.target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0], losses
+
+
+def test_pipeline_draws_a_picture_with_the_live_denoiser(table):
+    family = load(table, dtype="float32")
+    denoiser = family.load_denoiser(CPU)
+    pipeline = family.pipeline(denoiser, CPU)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer is denoiser
+    picture = pipeline("a cat", height=32, width=64, num_inference_steps=2, max_sequence_length=32).images[0]
+    assert picture.size == (64, 32)
+
+
+@pytest.mark.parametrize("name", list(families()))
+def test_importing_a_family_loads_no_torch(name):
+    module = families()[name].__module__
+    code = (
+        "import sys, conftest, importlib\n"
+        f"importlib.import_module({module!r})\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'deepspeed'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,152 @@
+"""The trainer's entry: arguments, settings, Trainer(settings).run().
+
+Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, by torchrun, or alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .utils.pipeline import World
+    from .utils.run_folder import RunFolder
+    from .utils.settings import DatasetSettings, TrainSettings
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "diffusion_trainer"
+
+logger = logging.getLogger(f"{PACKAGE}.train")
+
+
+def load_package() -> ModuleType:
+    """This folder as a package of one fixed name, whatever the clone is called."""
+    if PACKAGE not in sys.modules:
+        # "import utils" must never find our folder, nor ours somebody else's.
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+        spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        assert spec and spec.loader
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[PACKAGE] = package
+        spec.loader.exec_module(package)
+    return sys.modules[PACKAGE]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; unknown flags are refused by name."""
+    parser = argparse.ArgumentParser(description="Train a diffusion model as a TOML file says.")
+    parser.add_argument("--config", required=True, type=Path, help="train.toml")
+    parser.add_argument("--dataset", type=Path, help="dataset.toml, instead of the one that --config names")
+    parser.add_argument("--check_config", action="store_true", help="say whether the settings are right, and stop")
+    parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, default=None, metavar="FOLDER",
+                        help="go on from the newest run, or from the run folder of this name below output_dir")
+    parser.add_argument("--run_dir", type=Path, help="use this run folder instead of a new one in output_dir")
+    parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
+    parser.add_argument("--deepspeed", action="store_true", help="accepted, as the launcher's examples pass it")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 good, 1 failed, 2 wrong settings."""
+    arguments = parse_arguments(argv)
+    load_package()
+    config = _module("utils.config")
+    try:
+        settings, dataset = read_settings(arguments)
+        if arguments.check_config:
+            import tomli_w
+            as_toml = _module("utils.settings").as_toml
+            print(tomli_w.dumps(as_toml(settings)))
+            if dataset is not None:
+                print(f"# dataset\n{tomli_w.dumps(as_toml(dataset))}")
+            return 0
+        if dataset is None:
+            raise config.SettingsError("dataset: name the dataset's TOML, or put dataset.toml beside the train.toml")
+        return train(arguments, settings, dataset)
+    except config.SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, DatasetSettings | None]:
+    """Settings of the run; the dataset's are None with --check_config when its file is not there."""
+    settings_module, config = _module("utils.settings"), _module("utils.config")
+    settings = settings_module.load_train_settings(arguments.config)
+    named = arguments.dataset or settings.dataset
+    path = Path(named).expanduser() if named else arguments.config.parent / "dataset.toml"
+    if not path.is_file() and (arguments.check_config or not named):
+        return settings, None
+    try:
+        return settings, settings_module.parse_dataset_settings(config.read_toml(path))
+    except config.SettingsError as error:
+        raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
+
+
+def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
+    """Joins the other processes and trains."""
+    pipeline, trainer = _module("utils.pipeline"), _module("utils.trainer")
+    world: World = pipeline.join_world()
+    _log_to_stderr(world.rank)
+    resume = arguments.resume_from_checkpoint if arguments.resume_from_checkpoint is not None else settings.resume_from_checkpoint
+    found: Any = None
+    if world.rank == 0:
+        try:
+            found = _run_folder(arguments.run_dir, settings, resume).path
+            run_folder = _module("utils.run_folder").RunFolder(found)
+            if arguments.run_dir is None:
+                trainer.prepare_folder(settings, dataset, run_folder)
+        except (_module("utils.config").SettingsError, OSError) as error:
+            found = error
+    folder = _module("utils.run_folder").RunFolder(world.share(found))
+    if world.rank == 0 and arguments.run_dir is None:
+        _log_to_file(folder.log)
+    logger.info("run folder %s", folder.path)
+    try:
+        trainer.Trainer(settings, dataset, world, folder, resume=bool(resume)).run()
+    except _module("utils.config").SettingsError:
+        raise
+    except Exception:
+        logger.exception("training failed")
+        return 1
+    return 0
+
+
+def _run_folder(run_dir: Path | None, settings: TrainSettings, resume: bool | str) -> RunFolder:
+    """The run folder that was named, is resumed, or a new one."""
+    RunFolder, SettingsError = _module("utils.run_folder").RunFolder, _module("utils.config").SettingsError
+    output = Path(settings.output_dir).expanduser()
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return RunFolder(run_dir)
+    if not resume:
+        return RunFolder.create(output)
+    runs = [run for run in RunFolder.all(output) if resume in (True, run.path.name) and run.checkpoints()]
+    if not runs:
+        what = "no run with a checkpoint" if resume is True else f"no run '{resume}' with a checkpoint"
+        raise SettingsError(f"resume_from_checkpoint: {what} in '{output}'; start without it, or see output_dir")
+    return runs[-1]
+
+
+def _log_to_stderr(rank: int) -> None:
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr, force=True,
+                        format=f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+
+
+def _log_to_file(path: Path) -> None:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

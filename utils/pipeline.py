@@ -1,0 +1,318 @@
+"""The DeepSpeed engine under a chain of layers: stages, data parallelism, and DeepSpeed's quirks.
+
+Quirks of DeepSpeed 0.19.8 that are met here, each at its place:
+
+* ``CPU``: it compiles a shared-memory collective at start, which needs a compiler; gloo does the same work.
+* ``backward``: a stage runs backward once per output tensor; here once for all.
+* ``buffers``: receive buffers ignore the dtype and every float must carry a gradient; here each message
+  says shape, dtype and whether a gradient will come back, so any tensor may travel.
+* ``partition``: layers are weighed by trainable weights alone, which is wrong for LoRA.
+* ``broadcast``: at start it sends all weights to all ranks, though every rank read the same files.
+* ``clipping``: the gradient's length is known only when clipping is on, and not over stages without gradients.
+* ``print``: it prints where a library should log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.utils import partition_balanced, partition_uniform
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..models.base import Batch, Layer
+from .config import SettingsError
+
+logger = logging.getLogger(__name__)
+
+HEADER = 256
+"""Numbers in the message that announces tensors."""
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+    """A gloo group of all ranks, for small messages between CPUs."""
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier(group=self.control)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. An exception that rank 0 gives is raised on all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def highest(self, value: int) -> int:
+        """The largest value that any rank gives."""
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor.item())
+
+
+def join_world() -> World:
+    """Joins the processes that a launcher started (DeepSpeed's, torchrun), or makes a world of one."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    # quirk CPU; "import ... as" would find the torch that deepspeed.comm imports
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    accelerator = get_accelerator()
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Caching and loading may take an hour on one rank while the others wait.
+    deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Link(nn.Module):
+    """A `Layer` as a module: holds the submodules and runs the function over them."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+        for name, module in layer.submodules.items():
+            self.add_module(name, module)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        """The next tuple of tensors; the last link gives the prediction."""
+        return self.layer.forward(self, *tensors)
+
+
+class Chain(PipelineModule):
+    """The links of this process's stage."""
+
+    def __init__(self, layers: Sequence[Layer], num_stages: int, bounds: Sequence[int],
+                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool,
+                 reentrant: bool) -> None:
+        self._bounds = list(bounds)
+        self._checkpointing, self._reentrant = checkpointing, reentrant
+        with contextlib.redirect_stdout(io.StringIO()):  # quirk print
+            super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
+        self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
+
+    def _partition_layers(self, method: str = "") -> None:  # quirk partition
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def forward(self, inputs: Any) -> Any:
+        """Runs this stage on a tuple of tensors."""
+        for link in self.forward_funcs:
+            if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
+                inputs = checkpoint(link, *inputs, use_reentrant=self._reentrant)
+            else:
+                inputs = link(*inputs)
+        return inputs
+
+
+def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequence[int] | None) -> list[int]:
+    """First layer of each stage, and the number of layers at the end.
+
+    Raises:
+        SettingsError: The method is unknown or the split does not fit the layers.
+    """
+    if num_stages > len(layers):
+        raise SettingsError(f"pipeline_stages: this model has {len(layers)} layers, so at most that many stages, got {num_stages}")
+    if method == "manual":
+        bounds = [0, *(split or []), len(layers)]
+        if bounds != sorted(set(bounds)):
+            raise SettingsError(f"partition_split: must rise between 1 and {len(layers) - 1}, got {split}")
+        return bounds
+    if method == "uniform":
+        return list(partition_uniform(len(layers), num_stages))
+    if method.startswith("type:"):
+        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
+        weights = [int(any(pattern.search(type(m).__name__) for m in layer.submodules.values())) for layer in layers]
+        if not any(weights):
+            raise SettingsError(f"partition_method: no layer's class matches '{pattern.pattern}'")
+        return list(partition_balanced(weights, num_stages))
+    weights = [sum(p.numel() for m in layer.submodules.values() for p in m.parameters()) for layer in layers]
+    return list(partition_balanced(weights, num_stages))
+
+
+class Engine(PipelineEngine):
+    """DeepSpeed's pipeline engine with its own schedule, and our messages between stages."""
+
+    control: Any = None
+    max_norm: float = 0.0
+    _norm: torch.Tensor
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
+        self.set_dataiterator(data_iter)
+        self.module.train()
+        self.total_loss = None
+        self._compute_loss = True
+        self._exec_schedule(self._train_schedule())
+        with torch.no_grad():
+            return self._aggregate_total_loss()
+
+    def _broadcast_model(self) -> None:  # quirk broadcast
+        """Nothing to send: weights are read from the same files, adapters initialised by name."""
+
+    def _exec_load_micro_batch(self, buffer_id: int) -> None:
+        inputs, labels = self._next_batch()
+        if self.is_first_stage():
+            self.pipe_buffers["inputs"][buffer_id] = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+        if self.is_last_stage():
+            self.pipe_buffers["labels"][buffer_id] = tuple(t.to(self.device, non_blocking=True) for t in labels)
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
+        self.pipe_buffers["outputs"][buffer_id] = outputs
+        if self.is_last_stage():
+            self.loss = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+            self.pipe_buffers["outputs"][buffer_id] = None
+            self.fwd_outputs.append(self.loss.detach())
+            self.total_loss = self.loss.detach() + (0 if self.total_loss is None else self.total_loss)
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:  # quirk backward
+        if self.is_last_stage():
+            if self.loss.requires_grad:
+                (self.loss / self.micro_batches).backward()
+            return
+        pairs = [(t, g) for t, g in zip(self._with_grad(buffer_id), self.grad_layer or [], strict=True) if g is not None]
+        self.pipe_buffers["outputs"][buffer_id] = None
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        self.grad_layer = None
+
+    def _with_grad(self, buffer_id: int) -> list[torch.Tensor]:
+        return [t for t in self.pipe_buffers["outputs"][buffer_id] if t.requires_grad]
+
+    def _exec_send_activations(self, buffer_id: int) -> None:  # quirk buffers
+        outputs = self.pipe_buffers["outputs"][buffer_id]
+        numbers = [len(outputs)]
+        for tensor in outputs:
+            numbers += [DTYPES.index(tensor.dtype), int(tensor.requires_grad), tensor.ndim, *tensor.shape]
+        header = torch.zeros(HEADER, dtype=torch.int64)
+        header[: len(numbers)] = torch.tensor(numbers)
+        target = self.grid.stage_to_global(self.next_stage)
+        dist.send(header, target, group=self.control)
+        for tensor in outputs:
+            dist.send(tensor.detach().contiguous(), target)
+
+    def _exec_recv_activations(self, buffer_id: int) -> None:
+        source = self.grid.stage_to_global(self.prev_stage)
+        header = torch.zeros(HEADER, dtype=torch.int64)
+        dist.recv(header, source, group=self.control)
+        numbers = iter(header.tolist())
+        received = []
+        for _ in range(next(numbers)):
+            dtype, needs_grad, ndim = DTYPES[next(numbers)], bool(next(numbers)), next(numbers)
+            tensor = torch.empty([next(numbers) for _ in range(ndim)], dtype=dtype, device=self.device)
+            dist.recv(tensor, source)
+            received.append(tensor.requires_grad_(needs_grad))
+        self.pipe_buffers["inputs"][buffer_id] = tuple(received)
+
+    def _exec_send_grads(self, buffer_id: int) -> None:
+        target = self.grid.stage_to_global(self.prev_stage)
+        for tensor in self.pipe_buffers["inputs"][buffer_id]:
+            if tensor.requires_grad:
+                dist.send(torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous(), target)
+        self.pipe_buffers["inputs"][buffer_id] = None
+
+    def _exec_recv_grads(self, buffer_id: int) -> None:
+        source = self.grid.stage_to_global(self.next_stage)
+        self.grad_layer = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
+        for grad in self.grad_layer:
+            dist.recv(grad, source)
+
+    def clip_fp32_gradients(self) -> None:  # quirk clipping
+        """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        square = torch.zeros((), dtype=torch.float32, device=self.device)
+        if grads:
+            square = torch.stack(torch._foreach_norm(grads)).float().square().sum()
+        if self.is_pipe_parallel:
+            dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
+        self._norm = square.sqrt()
+        if self.max_norm > 0 and grads:
+            torch._foreach_mul_(grads, (self.max_norm / (self._norm + 1e-6)).clamp(max=1.0))
+
+    def last_grad_norm(self) -> float:
+        """Length of the last step's gradient before clipping."""
+        return float(self._norm)
+
+    _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        schedule.LoadMicroBatch: _exec_load_micro_batch,
+        schedule.ForwardPass: _exec_forward_pass,
+        schedule.BackwardPass: _exec_backward_pass,
+        schedule.SendActivation: _exec_send_activations,
+        schedule.RecvActivation: _exec_recv_activations,
+        schedule.SendGrad: _exec_send_grads,
+        schedule.RecvGrad: _exec_recv_grads,
+    }
+
+
+def build_engine(chain: Chain, optimizer: torch.optim.Optimizer, world: World, *, micro_batch: int,
+                 num_micro_batches: int, max_norm: float) -> Engine:
+    """The engine that trains ``chain`` with ``optimizer`` (of this stage's parameters)."""
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": 1.0,  # makes DeepSpeed call clip_fp32_gradients, which has the real value
+        "steps_per_print": 10**9,
+    }
+    mpu = chain.mpu()
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine = Engine(args=None, model=chain, optimizer=optimizer, mpu=mpu, config=config,
+                        config_class=DeepSpeedConfig(config, mpu), dont_change_device=True)
+    engine.control, engine.max_norm = world.control, max_norm
+    return engine
+
+
+def as_micro_batches(batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
+    """Batches in the form that the engine reads."""
+    for batch in batches:
+        yield batch.inputs, (batch.target, batch.weight)
+
+
+def mean_squared_error(prediction: torch.Tensor, label: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean over all elements of weight times squared error, in float32."""
+    target, weight = label
+    return ((prediction.float() - target.float()).square() * weight).mean()

@@ -1,0 +1,198 @@
+"""Weights on disk: safetensors files read one tensor at a time into modules that were built without memory.
+
+Users have a diffusers folder (perhaps in shards) or single files as ComfyUI keeps them: bf16, fp16,
+fp8 that was merely cast, or fp8 with a scale beside each weight ("fp8_scaled"). Looking at names and
+shapes reads the header alone and needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import SettingsError
+from .imports import lazy
+
+if TYPE_CHECKING:
+    import accelerate
+    import safetensors
+    import torch
+    from torch import nn
+else:
+    accelerate, safetensors, torch, nn = (lazy(name) for name in ("accelerate", "safetensors", "torch", "torch.nn"))
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+SCALES = (".scale_weight", ".weight_scale")
+"""What ComfyUI's older and newer fp8_scaled files call the factor of ``<module>.weight``."""
+LONGEST_HEADER = 100_000_000
+"""Bytes; the safetensors format's own limit."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The tensors of a safetensors file, or of the shards in a diffusers or transformers folder.
+
+    Args:
+        path: The file or the folder.
+        option: Dotted name of the setting that named it; opens every message.
+        prefixes: Files that hold a whole pipeline put each part's tensors below a prefix. The first of
+            these under which there is a tensor called ``marker`` is taken off every name, and what
+            lies elsewhere in the file is left out.
+
+    Raises:
+        SettingsError: It holds no safetensors file, or one that is cut off or something else.
+    """
+
+    def __init__(self, path: Path, option: str, prefixes: Iterable[str] = (), marker: str = "") -> None:
+        self.path, self.option = path, option
+        entries = {entry.name: entry for file in self._files() for entry in self._header(file)}
+        prefix = next((prefix for prefix in prefixes if prefix + marker in entries), "")
+        self._entries = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        self._open: dict[Path, Any] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor ``name``; raises SettingsError when there is none."""
+        return self._entry(name).shape
+
+    def count(self, prefix: str) -> int:
+        """How many numbered entries (``<prefix>0.``, ``<prefix>1.`` ...) there are."""
+        found = {name.removeprefix(prefix).split(".")[0] for name in self if name.startswith(prefix)}
+        return len([number for number in found if number.isdecimal()])
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Tensor ``name``, or some rows of it, on the CPU, in the file's precision.
+
+        A float8 tensor with a scale comes dequantised in float32. The result may alias the mapped file.
+
+        Raises:
+            SettingsError: There is no such tensor, or it is quantised in a way that is not read here.
+        """
+        entry = self._entry(name)
+        scale_name = next((name.removesuffix(".weight") + s for s in SCALES if self._is_scale(name, s)), None)
+        if entry.dtype not in FLOATS or (scale_name and not self._is_plain(self._entry(scale_name), entry)):
+            raise SettingsError(
+                f"{self.option}: '{self.path}' is quantised in a way that cannot be trained on ('{name}' is "
+                f"{entry.dtype}); give a bf16, fp16, fp8 or fp8_scaled file"
+            )
+        tensor = self._get(entry, rows)
+        if scale_name is None:
+            return tensor
+        scale = self._get(self._entry(scale_name), None).float()
+        if scale.numel() > 1:  # one factor per row
+            scale = (scale if rows is None else scale[rows]).reshape(-1, *[1] * (tensor.ndim - 1))
+        return tensor.float() * scale
+
+    @staticmethod
+    def _is_plain(scale: _Entry, scaled: _Entry) -> bool:
+        """One float for all of the tensor, or one for each row."""
+        return scale.dtype in ("F32", "F16", "BF16") and math.prod(scale.shape) in (1, scaled.shape[0])
+
+    def _is_scale(self, name: str, suffix: str) -> bool:
+        return name.endswith(".weight") and name.removesuffix(".weight") + suffix in self
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise SettingsError(f"{self.option}: '{self.path}' lacks the tensor '{name}'; the file is incomplete")
+        return self._entries[name]
+
+    def _get(self, entry: _Entry, rows: slice | None) -> torch.Tensor:
+        if entry.file not in self._open:
+            self._open[entry.file] = safetensors.safe_open(str(entry.file), "pt", device="cpu")
+        if rows is None:
+            return self._open[entry.file].get_tensor(entry.name)
+        return self._open[entry.file].get_slice(entry.name)[rows]
+
+    def _files(self) -> list[Path]:
+        """The file itself; or a folder's shards, its file of the usual name, or the only one it has."""
+        if not self.path.is_dir():
+            return [self.path]
+        for stem in ("diffusion_pytorch_model", "model"):
+            index = self.path / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                return [self.path / shard for shard in sorted(shards)]
+            if (self.path / f"{stem}.safetensors").is_file():
+                return [self.path / f"{stem}.safetensors"]
+        files = sorted(self.path.glob("*.safetensors"))
+        if len(files) != 1:
+            found = f"{len(files)} of unknown names" if files else "none"
+            raise SettingsError(f"{self.option}: '{self.path}' should hold one model in safetensors files; it has {found}")
+        return files
+
+    def _header(self, file: Path) -> Iterator[_Entry]:
+        try:
+            with file.open("rb") as stream:
+                length = struct.unpack("<Q", stream.read(8))[0]
+                header = json.loads(stream.read(length)) if length <= LONGEST_HEADER else None
+            header.pop("__metadata__", None)
+            end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
+        except OSError as error:
+            raise SettingsError(f"{self.option}: '{file}' cannot be read ({error.strerror})") from None
+        except (struct.error, ValueError, AttributeError, TypeError, KeyError):
+            raise SettingsError(f"{self.option}: '{file}' is not a safetensors file") from None
+        if file.stat().st_size < end:
+            raise SettingsError(
+                f"{self.option}: '{file}' is cut off ({file.stat().st_size} of {end} bytes); download it again"
+            )
+        for name, value in header.items():
+            yield _Entry(file, name, value["dtype"], tuple(value["shape"]))
+
+
+def build(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that ``make`` makes, its parameters on the meta device: shapes without memory."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        return make()
+
+
+def fill(
+    module: nn.Module,
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    float32: tuple[str, ...] = (),
+) -> None:
+    """Gives each parameter of a module from `build` its value, one tensor at a time.
+
+    Parameters that are one object under several names stay one.
+
+    Args:
+        read: The value of a parameter, by its name in ``module``.
+        float32: Parameters with one of these in their name are kept in float32.
+
+    Raises:
+        SettingsError: From ``read``.
+        ValueError: A value has another shape than its parameter.
+    """
+    filled: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if parameter not in filled:
+            value = read(name)
+            if value.shape != parameter.shape:
+                raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+            precision = torch.float32 if any(part in name for part in float32) else dtype
+            # A copy even where nothing changes: the value may be a view of the mapped file.
+            filled[parameter] = nn.Parameter(value.to(device, precision, copy=True).contiguous())
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, filled[parameter])
+    for name, buffer in list(module.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, buffer.to(device))
+
