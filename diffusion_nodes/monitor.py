@@ -33,7 +33,7 @@ class TensorBoardMonitor:
         return {
             "required": {
                 "output_dir": ("STRING", {
-                    "forceInput": True, "tooltip": "The output folder, whose newest run is shown, or one run's folder."}),
+                    "forceInput": True, "tooltip": "The output folder, whose newest run is shown, or a run's folder."}),
                 "port": ("INT", {
                     "default": 6006, "min": 1024, "max": 65535, "step": 1,
                     "tooltip": "Port to serve on; the next free one if another program has it."}),
@@ -46,8 +46,8 @@ class TensorBoardMonitor:
             },
             "optional": {
                 "action": (["start", "stop", "status", "kill_port"], {
-                    "default": "start", "tooltip": "start: open it, or find the one that is open. stop: end it. status: "
-                    "only look. kill_port: end the TensorBoard on this port if this package started it."}),
+                    "default": "start", "tooltip": "start: open it, or find the open one. stop: end it. status: only "
+                    "look. kill_port: end the TensorBoard on this port if this package started it."}),
                 "survive_restart": ("BOOLEAN", {
                     "default": True, "tooltip": "Keep it open when ComfyUI ends; the next ComfyUI finds it again."}),
             },
@@ -77,14 +77,13 @@ class TensorBoardMonitor:
             return "", await asyncio.to_thread(_stop_below, folder)
         if action == "status":
             return _status(folder)
-        comfy.progress_text("waiting for the training's first curve", unique_id) if is_new_training else None
+        if is_new_training:
+            comfy.progress_text("looking for the training's first curve", unique_id)
         logdir = await _log_folder(folder, expect=is_new_training and _trains(prompt), wait=is_new_training)
         if logdir != folder:
             await asyncio.to_thread(_stop_older, logdir)
         server = await asyncio.to_thread(tensorboard.start, logdir, host=host, port=port, survive=survive_restart)
         text = f"TensorBoard shows {logdir.name} at {server.url}"
-        if server.port != port:
-            text += f" (port {port} is not used)"
         comfy.progress_text(text, unique_id)
         return server.url, text
 
@@ -183,5 +182,6 @@ def _status(folder: Path) -> tuple[str, str]:
     servers = _servers_below(folder)
     if not servers:
         return "", f"no TensorBoard of ours shows {folder}"
-    lines = [f"{server.url} shows {server.logdir}{'' if server.answers() else ' (does not answer)'}" for server in servers]
+    lines = [f"{server.url} shows {server.logdir}{'' if server.answers() else ' (does not answer)'}"
+             for server in servers]  # fmt: skip
     return servers[-1].url, "\n".join(lines)

@@ -19,7 +19,8 @@ from typing import Any
 from ..utils import launch
 from ..utils.config import SettingsError, write_toml
 from ..utils.failure import log_tail
-from ..utils.run_folder import RunFolder, Status
+from ..utils.processes import ProcessError
+from ..utils.run_folder import ENDED, RunFolder, Status
 from ..utils.settings import as_toml, parse_dataset_settings, parse_train_settings
 from . import comfy
 
@@ -118,12 +119,15 @@ class Train:
         except BaseException:  # Cancel, be it noticed here or by another node: ComfyUI then ends this task
             comfy.progress_text(f"stopping; it has {grace_seconds} s to save", unique_id)
             await asyncio.to_thread(run.stop, grace_seconds)
-            comfy.progress_text(f"stopped at step {run.status().step}; {_publish(run) or 'nothing was saved'}", unique_id)
+            saved = _publish(run) or "nothing was exported"
+            comfy.progress_text(f"stopped at step {run.status().step}; {saved}", unique_id)
             raise
         return _result(run, outcome, unique_id)
 
 
-def _tables(train_config: Mapping[str, Any], dataset_config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _tables(
+    train_config: Mapping[str, Any], dataset_config: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checked tables, with absolute paths: the trainer works in another folder than ComfyUI."""
     train = as_toml(parse_train_settings(train_config))
     dataset = as_toml(parse_dataset_settings(dataset_config))
@@ -170,7 +174,7 @@ def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked:
     resume = folder.path.name if asked else None
     try:
         return launch.start(folder, num_gpus=num_gpus, identity=identity, resume=resume, allow_shared=share_gpu)
-    except launch.ProcessError:
+    except ProcessError:
         if not asked:
             shutil.rmtree(folder.path)  # made a moment ago, for a run that is not to be
         raise
@@ -183,8 +187,9 @@ def _check_machine(num_gpus: int) -> None:
                            f"{sys.executable} -m pip install -r {requirements}")  # fmt: skip
     import torch  # ComfyUI has long loaded it
 
-    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
-        raise SettingsError(f"number_of_gpus: must be at most {torch.cuda.device_count()} on this machine, got {num_gpus}")
+    present = torch.cuda.device_count()
+    if present and num_gpus > present:
+        raise SettingsError(f"number_of_gpus: must be at most {present} on this machine, got {num_gpus}")
 
 
 async def _watch(run: launch.Run, node_id: str | None, *, until_it_runs: bool) -> launch.Outcome | None:
@@ -213,6 +218,8 @@ def _progress(status: Status) -> tuple[int, int]:
 
 def describe(status: Status) -> str:
     """One line for the node: ``step 120/1000 · loss 0.083 · 2.1 s/step · 14 min left``."""
+    if status.state in ENDED:
+        return status.state
     if status.state != "training":
         count = f" {status.phase_done}/{status.phase_total}" if status.phase_total else ""
         return (status.phase or status.state) + count

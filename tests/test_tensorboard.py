@@ -133,5 +133,5 @@ def test_early_exit_raises_with_the_log(logdir: Path, tmp_path: Path, monkeypatc
 
 
 def test_foreign_address_is_refused(logdir: Path) -> None:
-    with pytest.raises(ProcessError, match="host: TensorBoard cannot listen on '203.0.113.7'.*use localhost"):
+    with pytest.raises(ProcessError, match=r"host: TensorBoard cannot listen on '203.0.113.7'.*use localhost"):
         tensorboard.start(logdir, host="203.0.113.7")

@@ -124,7 +124,8 @@ class Run:
         """The plain cause, where it can be known, and the last lines of the log."""
         status = self.status()
         if self._lost_launcher:
-            status.error = status.error or "DeepSpeed's launcher was killed; what it left was asked to save and was ended"
+            status.error = status.error or ("DeepSpeed's launcher was killed; the trainers that it left were asked to "
+                                            "save and were ended")  # fmt: skip
         return failure_text(self.folder, status=status, exit_code=self.exit_code, since=self.log_start)
 
     def __str__(self) -> str:
