@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
@@ -62,29 +62,44 @@ class FluxConfig(ModelConfig):
 
     type: Literal["flux"] = "flux"
     diffusers_path: str | None = option(
-        None, "Folder of the whole model in diffusers layout. What a path below names is taken from there instead.",
-        picker="diffusers")
+        None,
+        "Folder of the whole model in diffusers layout. What a path below names is taken from there instead.",
+        picker="diffusers",
+    )
     transformer_path: str | None = option(
-        None, "Transformer as a single file, such as flux1-dev.safetensors.", picker="diffusion_models")
+        None, "Transformer as a single file, such as flux1-dev.safetensors.", picker="diffusion_models"
+    )
     vae_path: str | None = option(None, "VAE as a single file, such as ae.safetensors.", picker="vae")
     clip_path: str | None = option(
-        None, "CLIP-L text encoder as a single file, such as clip_l.safetensors.", picker="text_encoders")
+        None, "CLIP-L text encoder as a single file, such as clip_l.safetensors.", picker="text_encoders"
+    )
     t5_path: str | None = option(
-        None, "T5-XXL text encoder as a single file, such as t5xxl_fp16.safetensors.", picker="text_encoders")
+        None, "T5-XXL text encoder as a single file, such as t5xxl_fp16.safetensors.", picker="text_encoders"
+    )
     clip_tokenizer_path: str | None = option(
-        None, "Folder of the CLIP tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True)
+        None, "Folder of the CLIP tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True
+    )
     t5_tokenizer_path: str | None = option(
-        None, "Folder of the T5 tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True)
+        None, "Folder of the T5 tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True
+    )
     bypass_guidance_embedding: bool = option(
-        False, "Leave the guidance input out of the model; for models trained without it, such as Flex.1-alpha.",
-        advanced=True)
-    guidance: float = option(1.0, "Guidance that dev is told while training. 1 leaves later guidance intact.",
-                             ge=0, step=0.1)
+        False,
+        "Leave the guidance input out of the model; for models trained without it, such as Flex.1-alpha.",
+        advanced=True,
+    )
+    guidance: float = option(
+        1.0, "Guidance that dev is told while training. 1 leaves later guidance intact.", ge=0, step=0.1
+    )
     flux_shift: bool = option(
-        False, "Move training towards high noise as Flux samples: more for larger pictures. 'shift' overrides it.")
+        False, "Move training towards high noise as Flux samples: more for larger pictures. 'shift' overrides it."
+    )
     max_sequence_length: int = option(
-        512, "T5 tokens per caption, 512 for dev and 256 for schnell; longer captions are cut.",
-        ge=1, le=512, advanced=True)
+        512,
+        "T5 tokens per caption, 512 for dev and 256 for schnell; longer captions are cut.",
+        ge=1,
+        le=512,
+        advanced=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,8 @@ class Component:
     """Tensors that each single file of it has."""
     prefixes: tuple[str, ...]
     """Before its tensors' names in files that hold more than it."""
+    foreign: tuple[str, ...] = ()
+    """Tensors that give away the similar part of another model."""
     tokenizer_option: str = ""
     tokenizer_folder: str = ""
     tokenizer_in_comfyui: str = ""
@@ -115,12 +132,14 @@ COMPONENTS = {
         ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model.")),
     "clip": Component(
         "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
-        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",),
+        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",), (),
         "clip_tokenizer_path", "tokenizer", "comfy/sd1_tokenizer"),
     "t5": Component(
         "T5-XXL, such as t5xxl_fp16.safetensors", "t5_path", "text_encoder_2", "T5EncoderModel",
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
         ("text_encoders.t5xxl.transformer.",),
+        # UMT5, which Wan has, repeats its position bias in every block
+        ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
         "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer"),
 }  # fmt: skip
 
@@ -150,21 +169,28 @@ class Flux(Family):
         parts = {name: self._weights(name) for name in COMPONENTS}
         for name in self.text_encoders:
             self._tokenizer_folder(name)
-        single = not parts["transformer"].path.is_dir()
+        transformer, single = parts["transformer"], not parts["transformer"].path.is_dir()
+
+        def shape(name: str) -> tuple[int, ...]:
+            return transformer.shape(bfl_source(name)[0] if single else name)
+
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
-        for name, given, taken_by in (
-            ("vae", channels, "proj_out"),
-            ("clip", _width(parts["clip"], "token_embedding.weight"), "time_text_embed.text_embedder.linear_1"),
-            ("t5", _width(parts["t5"], "shared.weight", "embed_tokens.weight"), "context_embedder"),
+        for name, given, taken in (
+            ("vae", channels, shape("proj_out.weight")[0] // 4),
+            ("clip", _width(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
+            ("t5", _width(parts["t5"]), shape("context_embedder.weight")[1]),
         ):
-            tensor = f"{taken_by}.weight"
-            shape = parts["transformer"].shape(bfl_source(tensor)[0] if single else tensor)
-            taken = shape[0] // 4 if name == "vae" else shape[1]
             if given != taken:
                 raise SettingsError(
                     f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
                     f"{taken}; give {COMPONENTS[name].title}"
                 )
+        if shape("x_embedder.weight")[1] != channels * 4:
+            raise SettingsError(
+                f"{transformer.option}: '{transformer.path}' takes {shape('x_embedder.weight')[1] // 4} channels, not "
+                f"the {channels} of a picture alone; variants with further picture inputs (Fill, Depth, Canny) cannot "
+                "be trained"
+            )
 
     def identity(self, part: str) -> str:
         identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
@@ -183,8 +209,8 @@ class Flux(Family):
         root = require_path(self.config.diffusers_path, "model.diffusers_path", "a Flux folder in diffusers layout")
         if not (root / part.folder).is_dir():
             raise SettingsError(
-                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give a Flux folder in diffusers layout, "
-                f"or in model.{part.option} {part.title}"
+                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give a Flux folder in diffusers "
+                f"layout, or in model.{part.option} {part.title}"
             )
         return root / part.folder, "model.diffusers_path"
 
@@ -205,6 +231,8 @@ class Flux(Family):
         weights = Weights(path, setting, part.prefixes, part.markers[0])
         if missing := [marker for marker in part.markers if marker not in weights]:
             raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has no '{missing[0]}')")
+        if foreign := [name for name in part.foreign if name in weights]:
+            raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has '{foreign[0]}')")
         return weights
 
     def _tokenizer_folder(self, name: str) -> Path:
@@ -220,7 +248,8 @@ class Flux(Family):
                 return folder
         raise SettingsError(
             f"{setting}: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
-            f"'{part.tokenizer_folder}' of FLUX.1-dev, or model.diffusers_path, or ComfyUI's '{part.tokenizer_in_comfyui}'"
+            f"'{part.tokenizer_folder}' of FLUX.1-dev, or model.diffusers_path, or ComfyUI's "
+            f"'{part.tokenizer_in_comfyui}'"
         )
 
     # -- encoding, once per sample, cached ----------------------------------------------------------
@@ -235,10 +264,10 @@ class Flux(Family):
             vae = build(lambda: diffusers.AutoencoderKL(**config))
             levels = len(config["block_out_channels"])
             fill(vae, lambda name: _matrix(name, weights.read(ldm_vae_name(name, levels))), self.dtype, device)
-        return vae.eval().requires_grad_(False)
+        return vae.eval()
 
     def encode_media(
-        self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
+        self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> dict[str, torch.Tensor]:
         pixels_NCHW = pixels_NCFHW.squeeze(2).to(self.dtype)
         with torch.no_grad():
@@ -248,6 +277,7 @@ class Flux(Family):
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
         weights, folder = self._weights(name), self._tokenizer_folder(name)
         is_folder = weights.path.is_dir()
+        config: Any
         if name == "clip":
             config = transformers.CLIPTextConfig(**(_json_config(weights) if is_folder else clip_config(weights)))
             model = build(lambda: transformers.CLIPTextModel(config))
@@ -260,8 +290,8 @@ class Flux(Family):
             # transformers keeps these in float32 beside float16, where their output overflows
             float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
             fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32)
-            tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)
-        return TextEncoder(tokenizer, model.eval().requires_grad_(False))
+            tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)  # type: ignore[attr-defined]
+        return TextEncoder(tokenizer, model.eval())
 
     def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         length = CLIP_LENGTH if name == "clip" else self.config.max_sequence_length
@@ -286,7 +316,7 @@ class Flux(Family):
         fill(denoiser, weights.read if is_folder else partial(read_bfl, weights), self.dtype, device)
         return denoiser
 
-    def layers(self, denoiser: nn.Module) -> list[Layer]:
+    def layers(self, denoiser: Any) -> list[Layer]:
         embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")
         embed = partial(_embed, has_guidance=denoiser.config.guidance_embeds)
         layers = [Layer("embed", embed, {name: getattr(denoiser, name) for name in embedders})]
@@ -327,7 +357,7 @@ class Flux(Family):
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return to_bfl(tensors)
 
-    def pipeline(self, denoiser: nn.Module, device: torch.device) -> diffusers.FluxPipeline:
+    def pipeline(self, denoiser: Any, device: torch.device) -> diffusers.FluxPipeline:
         clip, t5 = (self.load_text_encoder(name, device) for name in self.text_encoders)
         schedule = DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE
         if self.config.diffusers_path and not self.config.transformer_path:
@@ -366,7 +396,7 @@ class Flux(Family):
 def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
     """2x2 patches of latents as tokens of 4C features: NTD."""
     n, c, h, w = latents_NCHW.shape
-    return latents_NCHW.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
+    return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
 
 
 def position_ids(num_text_tokens: int, height: int, width: int, device: torch.device) -> torch.Tensor:
@@ -613,8 +643,9 @@ def _t5_name(name: str, weights: Weights) -> str:
     return name
 
 
-def _width(weights: Weights, *endings: str) -> int:
-    """Features of the embedding whose name has one of these endings."""
+def _width(weights: Weights) -> int:
+    """Features of a text encoder."""
+    endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
     return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
 
 
@@ -631,8 +662,8 @@ def _miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -
         bos_token_id=0, eos_token_id=2, pad_token_id=1)  # fmt: skip
     t5 = transformers.T5Config(
         vocab_size=t5_vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # fmt: skip
-    models = {
+        feed_forward_proj="gated-gelu")  # fmt: skip
+    models: dict[str, Any] = {
         "transformer": diffusers.FluxTransformer2DModel(
             in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6)),
@@ -678,7 +709,9 @@ def _write_t5_tokenizer(folder: Path) -> int:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in ("a", "cat", "dog", "photo", "of", "red")]
     pieces += [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = transformers.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    tokenizer = transformers.T5TokenizerFast(  # type: ignore[attr-defined]
+        vocab=pieces, extra_ids=0, model_max_length=512
+    )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 

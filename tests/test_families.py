@@ -52,7 +52,8 @@ def examples(family: Family, number: int = 2) -> list[Example]:
     """Samples of noise pictures, 64 wide and 32 high, through the family's own encoders."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(number, 3, 1, 32, 64, generator=generator) * 2 - 1
-    media = family.encode_media(family.load_vae(CPU), pixels, generator)
+    generators = [torch.Generator().manual_seed(2 + i) for i in range(number)]
+    media = family.encode_media(family.load_vae(CPU), pixels, generators)
     text = {}
     for name in family.text_encoders:
         text |= family.encode_text(name, family.load_text_encoder(name, CPU), ["a red cat", "a photo"][:number])
@@ -95,7 +96,10 @@ def test_gradients_of_the_layers_equal_the_librarys(table):
     family = load(table, dtype="float32")
     denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family))
     gradients = []
-    for predict in (lambda *inputs: run(family.layers(denoiser), inputs), lambda *i: FORWARD[table["type"]](denoiser, *i)):
+    for predict in (
+        lambda *inputs: run(family.layers(denoiser), inputs),
+        lambda *i: FORWARD[table["type"]](denoiser, *i),
+    ):
         denoiser.zero_grad()
         torch.nn.functional.mse_loss(predict(*batch.inputs), batch.target).backward()
         gradients.append({name: parameter.grad for name, parameter in denoiser.named_parameters()})
@@ -200,5 +204,7 @@ def test_importing_a_family_loads_no_torch(name):
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'deepspeed'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr

@@ -95,6 +95,8 @@ def join_world() -> World:
     device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:  # ranks share the cores instead of each starting a thread on all of them
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))))
     # Caching and loading may take an hour on one rank while the others wait.
     deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
@@ -125,10 +127,9 @@ class Chain(PipelineModule):
     """The links of this process's stage."""
 
     def __init__(self, layers: Sequence[Layer], num_stages: int, bounds: Sequence[int],
-                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool,
-                 reentrant: bool) -> None:
+                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool) -> None:
         self._bounds = list(bounds)
-        self._checkpointing, self._reentrant = checkpointing, reentrant
+        self._checkpointing = checkpointing
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
@@ -142,7 +143,7 @@ class Chain(PipelineModule):
         """Runs this stage on a tuple of tensors."""
         for link in self.forward_funcs:
             if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
-                inputs = checkpoint(link, *inputs, use_reentrant=self._reentrant)
+                inputs = checkpoint(link, *inputs, use_reentrant=False)
             else:
                 inputs = link(*inputs)
         return inputs

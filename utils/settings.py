@@ -99,7 +99,7 @@ class TrainSettings(Table):
         None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True)
     activation_checkpointing: bool | Literal["unsloth"] = option(
         True, "Recompute each block in the backward pass instead of keeping its activations: much less memory, a third more time.")
-    reentrant_activation_checkpointing: bool = option(False, "The older form of checkpointing; there is rarely a reason.", advanced=True)
+    reentrant_activation_checkpointing: bool = option(False, "Accepted from older files; checkpointing always takes the newer form, whose results are the same.", advanced=True)
     blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
     compile: bool = option(False, "Compile the blocks with torch.compile.", advanced=True)

@@ -157,8 +157,7 @@ class Trainer:
         layers = self.family.layers(denoiser)
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
-        chain = Chain(layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing),
-                      s.reentrant_activation_checkpointing)
+        chain = Chain(layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing))
         del denoiser, layers
         parameters = [p for p in chain.parameters() if p.requires_grad]
         if not parameters:  # DeepSpeed wants an optimizer on every stage

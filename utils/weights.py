@@ -134,14 +134,16 @@ class Weights:
         files = sorted(self.path.glob("*.safetensors"))
         if len(files) != 1:
             found = f"{len(files)} of unknown names" if files else "none"
-            raise SettingsError(f"{self.option}: '{self.path}' should hold one model in safetensors files; it has {found}")
+            raise SettingsError(
+                f"{self.option}: '{self.path}' should hold one model in safetensors files; it has {found}"
+            )
         return files
 
     def _header(self, file: Path) -> Iterator[_Entry]:
         try:
             with file.open("rb") as stream:
                 length = struct.unpack("<Q", stream.read(8))[0]
-                header = json.loads(stream.read(length)) if length <= LONGEST_HEADER else None
+                header: Any = json.loads(stream.read(length)) if length <= LONGEST_HEADER else None
             header.pop("__metadata__", None)
             end = 8 + length + max((value["data_offsets"][1] for value in header.values()), default=0)
         except OSError as error:
@@ -156,7 +158,7 @@ class Weights:
             yield _Entry(file, name, value["dtype"], tuple(value["shape"]))
 
 
-def build(make: Callable[[], nn.Module]) -> nn.Module:
+def build(make: Callable[[], Any]) -> Any:
     """The module that ``make`` makes, its parameters on the meta device: shapes without memory."""
     with accelerate.init_empty_weights(include_buffers=False):
         return make()
@@ -195,4 +197,3 @@ def fill(
     for name, buffer in list(module.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
-

@@ -1,0 +1,41 @@
+"""Runs all checks: ruff, mypy, tests. Makes its environment first.
+
+    python3 scripts/check.py [pytest arguments]
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from environment import ROOT, prepare
+
+
+def main() -> int:
+    """Runs every check even after one failed; returns how many failed."""
+    python = str(prepare(dev=True))
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        # mypy wants the package under an importable name, whatever the clone is called.
+        (Path(folder) / "diffusion_trainer").symlink_to(ROOT, target_is_directory=True)
+        checks = {
+            "ruff": [python, "-m", "ruff", "check", "."],
+            "ruff format": [python, "-m", "ruff", "format", "--check", "."],
+            "mypy": [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "diffusion_trainer"],
+            "pytest": [python, "-m", "pytest", *sys.argv[1:]],
+        }
+        for name, command in checks.items():
+            started = time.monotonic()
+            print(f"== {name}", flush=True)
+            if subprocess.run(command, cwd=folder if name == "mypy" else ROOT, check=False).returncode:
+                failed.append(name)
+            print(f"== {name}: {'FAILED' if name in failed else 'good'}, {time.monotonic() - started:.0f} s", flush=True)
+    print("failed: " + ", ".join(failed) if failed else "all checks are good")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
