@@ -1,0 +1,1 @@
+"""Everything that knows ComfyUI: the nodes, and what they ask of their host."""
