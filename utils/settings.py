@@ -119,7 +119,7 @@ class TrainSettings(Table):
 
     caching_batch_size: int = option(1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024)
     cache_dir: str | None = option(None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True)
-    map_num_proc: int | None = option(None, "Processes that read pictures while caching. Left out: as many as there are cores, at most 8.", ge=1, step=1, advanced=True)
+    map_num_proc: int | None = option(None, "Processes that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True)
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained.")
 
