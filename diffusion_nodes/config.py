@@ -40,14 +40,19 @@ OPTIMIZER_TAKES = {
 class AdapterChoice(Table):
     """Whether there is an adapter."""
 
-    adapter_type: Literal["lora", "none"] = option("lora", "lora trains a small file beside the model, none the model itself.")
+    adapter_type: Literal["lora", "none"] = option(
+        "lora", "lora trains a small file beside the model, none the model itself."
+    )
 
 
 class OptimizerChoice(Table):
     """Which optimizer, of those that the node offers."""
 
-    type: str = option("adamw", "The optimizer. adamw is a safe choice; the 8-bit ones save memory; Prodigy and automagic "
-                       "find the learning rate themselves. A TOML file may name any class of pytorch_optimizer.")
+    type: str = option(
+        "adamw",
+        "The optimizer. adamw is a safe choice; the 8-bit ones save memory; Prodigy and automagic "
+        "find the learning rate themselves. A TOML file may name any class of pytorch_optimizer.",
+    )
 
 
 class Betas(Table):
@@ -61,8 +66,10 @@ class TrainCopy(Table):
     """Where GeneralConfig writes besides the run folder."""
 
     config_save_path: str | None = option(
-        None, "Also write the training's TOML to this file, relative to ComfyUI's output folder; to train with it by "
-        "hand, put the dataset's TOML beside it as dataset.toml. Left out: only the run folder gets it.")
+        None,
+        "Also write the training's TOML to this file, relative to ComfyUI's output folder; to train with it by "
+        "hand, put the dataset's TOML beside it as dataset.toml. Left out: only the run folder gets it.",
+    )
 
 
 class ModelConfig(SettingsNode):
@@ -125,7 +132,8 @@ class OptimizerConfigNode(SettingsNode):
     RETURN_NAMES = ("optimizer_config",)
     OUTPUT_TOOLTIPS = ("The optimizer, for General Training Config.",)
     REQUIRED: ClassVar = {
-        "optimizer_type": widget(OptimizerChoice, "type", prefix="optimizer", choices=OPTIMIZER_TAKES)}
+        "optimizer_type": widget(OptimizerChoice, "type", prefix="optimizer", choices=OPTIMIZER_TAKES)
+    }
     OPTIONAL: ClassVar = {
         "lr": widget(Optimizer, "lr", prefix="optimizer", default=1e-4, off=0, note="0: the optimizer's own."),
         **widgets(Betas, "beta1", "beta2", prefix="optimizer"),
@@ -141,8 +149,11 @@ class OptimizerConfigNode(SettingsNode):
         table = {"type": kind, **{key: settings[key] for key in OPTIMIZER_TAKES[kind] if key in settings}}
         validate(Optimizer, table, "optimizer")
         if kind == "Prodigy" and table.get("lr", 1) < 0.1:
-            logger.warning("optimizer.lr: Prodigy finds the rate itself and multiplies it by lr; %s will hardly train, "
-                           "1.0 is usual", table["lr"])
+            logger.warning(
+                "optimizer.lr: Prodigy finds the rate itself and multiplies it by lr; %s will hardly train, "
+                "1.0 is usual",
+                table["lr"],
+            )
         return (table,)
 
 
@@ -187,19 +198,38 @@ class GeneralConfig(SettingsNode):
     REQUIRED: ClassVar[dict[str, Widget | Socket]] = {
         "optimizer_config": Socket("OPTIMIZER_CONFIG", "The optimizer, from Optimizer Config."),
         "model_config": Socket("model_config", "The model, from Model Config."),
-        "dataset_config": Socket("DATASET_CONFIG", "The dataset, from General Dataset Config; checked here, trained by "
-                                 "Start Training."),
+        "dataset_config": Socket(
+            "DATASET_CONFIG", "The dataset, from General Dataset Config; checked here, trained by Start Training."
+        ),
         **widgets(TrainSettings, "epochs", "micro_batch_size_per_gpu", "number_of_gpus", "pipeline_stages"),
-        "gradient_accumulation_steps": widget(TrainSettings, "gradient_accumulation_steps", off=0, note="0: the same as 1."),
-        **widgets(TrainSettings, "gradient_clipping", "warmup_steps", "blocks_to_swap", "activation_checkpointing", "save_dtype"),
-        "partition_method": widget(TrainSettings, "partition_method", choices=("parameters", "uniform"), note="Here manual is "
-                                   "set by partition_split in Advanced Training Config; type:NAME by a TOML file."),
-        "output_dir": widget(TrainSettings, "output_dir", default="", note="Empty: 'training' in ComfyUI's output "
-                             "folder, where relative paths lie too."),
+        "gradient_accumulation_steps": widget(
+            TrainSettings, "gradient_accumulation_steps", off=0, note="0: the same as 1."
+        ),
+        **widgets(
+            TrainSettings,
+            "gradient_clipping",
+            "warmup_steps",
+            "blocks_to_swap",
+            "activation_checkpointing",
+            "save_dtype",
+        ),
+        "partition_method": widget(
+            TrainSettings,
+            "partition_method",
+            choices=("parameters", "uniform"),
+            note="Here manual is set by partition_split in Advanced Training Config; type:NAME by a TOML file.",
+        ),
+        "output_dir": widget(
+            TrainSettings,
+            "output_dir",
+            default="",
+            note="Empty: 'training' in ComfyUI's output folder, where relative paths lie too.",
+        ),
         "config_save_path": widget(TrainCopy, "config_save_path"),
     }
     OPTIONAL: ClassVar[dict[str, Widget | Socket]] = {
-        "adapter_config": Socket("ADAPTER_CONFIG", "The adapter, from Adapter Config. Not connected: all weights are trained."),
+        "adapter_config": Socket(
+            "ADAPTER_CONFIG", "The adapter, from Adapter Config. Not connected: all weights are trained."),
         "advanced_config": Socket("ADVANCED_TRAIN_CONFIG", "More settings, from Advanced Training Config."),
         **widgets(TrainSettings, "eval_every_n_epochs", "eval_before_first_step", "eval_micro_batch_size_per_gpu",
                   "eval_gradient_accumulation_steps"),

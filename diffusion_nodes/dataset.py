@@ -23,8 +23,10 @@ class DatasetCopy(Table):
     """Where GeneralDatasetConfig writes besides the run folder."""
 
     output_path: str | None = option(
-        None, "Also write the dataset's TOML to this file, relative to ComfyUI's output folder. "
-        "Left out: only the run folder gets it.")
+        None,
+        "Also write the dataset's TOML to this file, relative to ComfyUI's output folder. "
+        "Left out: only the run folder gets it.",
+    )
 
 
 class GeneralDatasetPathNode(SettingsNode):
@@ -36,7 +38,8 @@ class GeneralDatasetPathNode(SettingsNode):
     RETURN_NAMES = ("input_path",)
     OUTPUT_TOOLTIPS = ("The folder, for General Dataset Config.",)
     REQUIRED: ClassVar = {
-        "dataset_path": widget(Directory, "path", default="", note="A name below ComfyUI's input folder is enough.")}
+        "dataset_path": widget(Directory, "path", default="", note="A name below ComfyUI's input folder is enough.")
+    }
 
     def get_dataset_path(self, dataset_path: str) -> tuple[str]:
         """The absolute path of the folder."""
@@ -101,14 +104,20 @@ class GeneralDatasetConfig(SettingsNode):
     OUTPUT_TOOLTIPS = ("The dataset, for General Training Config and Start Training.",)
     REQUIRED: ClassVar = {
         "input_path": Socket("input_path", "The folder, from a dataset path node."),
-        "resolutions": widget(DatasetSettings, "resolutions", note="In this field a lone pair such as [1280, 720] is "
-                              "one size, width and height; two square sizes are [[512, 512], [768, 768]]."),
+        "resolutions": widget(
+            DatasetSettings,
+            "resolutions",
+            note="In this field a lone pair such as [1280, 720] is "
+            "one size, width and height; two square sizes are [[512, 512], [768, 768]].",
+        ),
         **widgets(DatasetSettings, "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets"),
         "num_repeats": widget(Directory, "num_repeats", kind="INT"),
         "output_path": widget(DatasetCopy, "output_path"),
     }
     OPTIONAL: ClassVar = {
-        "frame_buckets": Socket("frame_buckets", "Lengths of videos, from Frame Buckets. Not connected: pictures only."),
+        "frame_buckets": Socket(
+            "frame_buckets", "Lengths of videos, from Frame Buckets. Not connected: pictures only."
+        ),
         "ar_buckets": Socket("ar_buckets", "The shapes themselves, from Aspect Ratio Buckets, instead of the range."),
         **widgets(DatasetSettings, "caption_prefix", "skip_empty_caption"),
     }
@@ -123,7 +132,9 @@ class GeneralDatasetConfig(SettingsNode):
         directory = {"path": comfy.resolve(input_path), "num_repeats": settings.pop("num_repeats")}
         settings["resolutions"] = as_sizes(settings["resolutions"])
         if not settings["enable_ar_bucket"]:
-            settings = {key: value for key, value in settings.items() if key not in ("min_ar", "max_ar", "num_ar_buckets")}
+            settings = {
+                key: value for key, value in settings.items() if key not in ("min_ar", "max_ar", "num_ar_buckets")
+            }
         for key, value in (("frame_buckets", frame_buckets), ("ar_buckets", ar_buckets)):
             if value is not None:
                 settings[key] = value

@@ -16,8 +16,6 @@ from . import comfy
 
 logger = logging.getLogger(__name__)
 
-RUNS = "training"
-"""Below ComfyUI's output folder, what has no other place."""
 EARLIER_PACKAGE = "Diffusion_pipe_in_ComfyUI"
 """Saved workflows name places inside this package's folder, which need not exist here."""
 
@@ -29,7 +27,7 @@ def output_folder(text: str) -> str:
     the earlier package's own folder and ``/output`` where there is nothing of that name.
     """
     if not text.strip():
-        return str(comfy.output_directory() / RUNS)
+        return str(comfy.runs_directory())
     path = Path(_adopted(local_path(text.strip()))).expanduser()
     return str(path if path.is_absolute() else comfy.output_directory() / path)
 
@@ -47,8 +45,10 @@ def write_copy(option: str, text: str, values: Mapping[str, Any]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_toml(path, values)
     except OSError as error:
-        raise SettingsError(f"{option}: '{path}' cannot be written ({error.strerror}); leave it empty or give "
-                            "a file in ComfyUI's output folder") from None
+        raise SettingsError(
+            f"{option}: '{path}' cannot be written ({error.strerror}); leave it empty or give "
+            "a file in ComfyUI's output folder"
+        ) from None
     return str(path)
 
 
@@ -73,10 +73,14 @@ def copy_path(option: str, text: str) -> Path:
     if any(path.resolve().is_relative_to(folder.resolve()) for folder in inside):
         return path
     if inside:
-        raise SettingsError(f"{option}: '{path}' leads out of ComfyUI's folders by a symbolic link; choose another place")
+        raise SettingsError(
+            f"{option}: '{path}' leads out of ComfyUI's folders by a symbolic link; choose another place"
+        )
     if not _only_this_machine():
-        raise SettingsError(f"{option}: '{path}' is outside ComfyUI's output, user, temp and input folders, where files "
-                            "may not be written while ComfyUI can be reached from other machines; leave it empty")
+        raise SettingsError(
+            f"{option}: '{path}' is outside ComfyUI's output, user, temp and input folders, where files "
+            "may not be written while ComfyUI can be reached from other machines; leave it empty"
+        )
     logger.info("%s: writing '%s', which is outside ComfyUI's folders", option, path)
     return path
 
@@ -86,29 +90,23 @@ def _adopted(text: str) -> str:
     parts = PurePosixPath(text.replace("\\", "/")).parts
     if EARLIER_PACKAGE in parts:
         cut = parts.index(EARLIER_PACKAGE) + 1
-        rest = parts[cut + 1:] if parts[cut:cut + 1] == ("output",) else parts[cut:]
+        rest = parts[cut + 1 :] if parts[cut : cut + 1] == ("output",) else parts[cut:]
         if not Path(*parts[:cut]).is_dir():
-            return str(comfy.output_directory().joinpath(RUNS, *rest))
+            return str(comfy.runs_directory().joinpath(*rest))
     if parts[:2] == ("/", "output") and not Path("/output").is_dir():
         return str(comfy.output_directory().joinpath(*parts[2:]))
     return text
 
 
 def _writable_folders() -> list[Path]:
-    host = sys.modules.get("folder_paths")
-    if host is None:
-        base = comfy.base_directory()
-        own = [base / "user", base / "temp"]
-    else:
-        own = [Path(host.get_user_directory()), Path(host.get_temp_directory())]
-    return [Path(folder) for folder in (comfy.output_directory(), comfy.input_directory(), *own)]
+    return [comfy.output_directory(), comfy.user_directory(), comfy.temp_directory(), comfy.input_directory()]
 
 
 def _only_this_machine() -> bool:
     """Whether ComfyUI listens on loopback alone, or is not there at all."""
-    arguments = sys.modules.get("comfy.cli_args")
-    if arguments is None:
+    if not comfy.inside():
         return True
+    arguments = sys.modules["comfy.cli_args"]
     hosts = str(arguments.args.listen).split(",")
     return all(host == "localhost" or _is_loopback(host) for host in hosts)
 

@@ -59,7 +59,9 @@ class Result:
 def load_package() -> Any:
     """This package under its fixed name, whatever the clone is called."""
     if PACKAGE not in sys.modules:
-        spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         assert spec is not None
         assert spec.loader is not None
         package = importlib.util.module_from_spec(spec)
@@ -203,7 +205,9 @@ def _coerce(name: str, kind: Any, options: Mapping[str, Any], inputs: dict[str, 
     return []
 
 
-async def execute(prompt: Prompt, order: list[str], classes: Mapping[str, type], workflow: Mapping[str, Any]) -> dict[str, Result]:
+async def execute(
+    prompt: Prompt, order: list[str], classes: Mapping[str, type], workflow: Mapping[str, Any]
+) -> dict[str, Result]:
     """Runs the nodes of ``order``; while an async one waits, others that do not need it go on.
 
     When one fails, the others are cancelled and waited for, then its error is raised.
@@ -257,7 +261,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run a ComfyUI workflow of this package without ComfyUI.")
     parser.add_argument("workflow", type=Path)
     parser.add_argument("--base-directory", type=Path, required=True, help="holds input, output and models")
-    parser.add_argument("--set", type=_assignment, action="append", default=[], metavar="NODE_ID.input=value", dest="values")
+    parser.add_argument(
+        "--set", type=_assignment, action="append", default=[], metavar="NODE_ID.input=value", dest="values"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

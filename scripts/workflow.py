@@ -48,8 +48,10 @@ class Canvas:
 def _passed_through(node: Mapping[str, Any], slot: int) -> int | None:
     """The link that a bypassed node hands on: of the input in the same place, else the first of the type."""
     kind, inputs = node["outputs"][slot]["type"], node.get("inputs") or []
-    candidates = [*inputs[slot:slot + 1], *inputs]
-    return next((entry.get("link") for entry in candidates if entry["type"] == kind and entry.get("link") is not None), None)
+    candidates = [*inputs[slot : slot + 1], *inputs]
+    return next(
+        (entry.get("link") for entry in candidates if entry["type"] == kind and entry.get("link") is not None), None
+    )
 
 
 def to_prompt(document: Mapping[str, Any], classes: Mapping[str, type]) -> dict[str, dict[str, Any]]:
@@ -94,7 +96,9 @@ def widget_names(cls: type) -> Iterator[tuple[str | None, Any]]:
             is_combo = isinstance(kind, (list, tuple))
             if options.get("forceInput") or not (is_combo or kind in WIDGET_TYPES):
                 continue
-            first = (kind[0] if kind else None) if is_combo else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+            first = (
+                (kind[0] if kind else None) if is_combo else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+            )
             yield name, options.get("default", first)
             if options.get("control_after_generate") or (kind == "INT" and name in ("seed", "noise_seed")):
                 yield None, None

@@ -68,7 +68,7 @@ class Monitoring(Table):
 
 
 class TrainSettings(Table):
-    """The top level of ``train.toml``; `train_settings` builds it with the families' ``[model]`` tables."""
+    """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
     output_dir: str = option(..., "Folder that receives one run folder for each training.")
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
