@@ -225,7 +225,7 @@ class GeneralConfig(SettingsNode):
             default="",
             note="Empty: 'training' in ComfyUI's output folder, where relative paths lie too.",
         ),
-        "config_save_path": widget(TrainCopy, "config_save_path"),
+        "config_save_path": widget(TrainCopy, "config_save_path", written=True),
     }
     OPTIONAL: ClassVar[dict[str, Widget | Socket]] = {
         "adapter_config": Socket(

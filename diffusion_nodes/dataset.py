@@ -112,7 +112,7 @@ class GeneralDatasetConfig(SettingsNode):
         ),
         **widgets(DatasetSettings, "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets"),
         "num_repeats": widget(Directory, "num_repeats", kind="INT"),
-        "output_path": widget(DatasetCopy, "output_path"),
+        "output_path": widget(DatasetCopy, "output_path", written=True),
     }
     OPTIONAL: ClassVar = {
         "frame_buckets": Socket(

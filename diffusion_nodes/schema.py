@@ -8,6 +8,7 @@ declarations.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
@@ -60,6 +61,8 @@ class Widget:
     low: float | None = None
     high: float | None = None
     note: str = ""
+    written: bool = False
+    """The text is a place to write to, which has rules of its own, not something to be found."""
 
     @property
     def field(self) -> FieldInfo:
@@ -110,7 +113,7 @@ class Widget:
             return read_list(value, self.path, self._separators())
         if isinstance(self.kind, list) and isinstance(value, str):
             return next((known for known in self.kind if known.lower() == value.strip().lower()), value)
-        if isinstance(value, str) and is_path(self.key, self.field):
+        if isinstance(value, str) and not self.written and is_path(self.key, self.field):
             return comfy.resolve(value)
         return value
 
@@ -167,7 +170,8 @@ class SettingsNode:
         result: dict[str, Any] = {}
         for (table, prefix), part in found.items():
             try:
-                checked = validate(_part(table, tuple(part)), part, prefix)
+                model: type[Table] = _part(table, tuple(part))  # type: ignore[arg-type]  # mypy doubts that a class hashes
+                checked = validate(model, part, prefix)
                 result |= checked.model_dump(mode="json")
             except SettingsError as error:
                 problems.append(str(error))
@@ -189,9 +193,10 @@ class SettingsNode:
         return True
 
 
-def widget(table: type[Table], key: str, *, prefix: str = "", kind: str | None = None, default: Any = ...,
-           off: Any = ..., high: float | None = None, choices: Iterable[str] | None = None, note: str = "",
-           ) -> Widget:  # fmt: skip
+def widget(
+    table: type[Table], key: str, *, prefix: str = "", kind: str | None = None, default: Any = ..., off: Any = ...,
+    high: float | None = None, choices: Iterable[str] | None = None, note: str = "", written: bool = False,
+) -> Widget:  # fmt: skip
     """The input that sets option ``key`` of ``table``.
 
     Args:
@@ -202,6 +207,7 @@ def widget(table: type[Table], key: str, *, prefix: str = "", kind: str | None =
         high: Largest value that the widget offers.
         choices: What a combo offers, for an option that is any text.
         note: Added to the tooltip.
+        written: The text is a place to write to.
     """
     field = table.model_fields[key]
     shape: str | list[str] = list(choices) if choices else kind or _kind(field)
@@ -214,7 +220,7 @@ def widget(table: type[Table], key: str, *, prefix: str = "", kind: str | None =
     low, top = _bounds(field, shape, off) if shape in ("INT", "FLOAT") else (None, None)
     if shape == "FLOAT":
         default = float(default)
-    return Widget(table, key, prefix, shape, default, off, low, high if high is not None else top, note)
+    return Widget(table, key, prefix, shape, default, off, low, high if high is not None else top, note, written)
 
 
 def widgets(table: type[Table], *keys: str, prefix: str = "") -> dict[str, Widget | Socket]:
@@ -306,17 +312,13 @@ def _shown(value: Any, off: Any) -> Any:
 
 def _bounds(field: FieldInfo, kind: Any, off: Any) -> tuple[float, float]:
     """Smallest and largest value of the widget; an excluded bound is moved by one step."""
-    step, low, high = _step(field, kind), -math.inf, math.inf
+    rules: dict[str, float] = {}
     for rule in field.metadata:
-        match rule:
-            case annotated_types.Ge(ge=value):
-                low = value
-            case annotated_types.Gt(gt=value):
-                low = value + step
-            case annotated_types.Le(le=value):
-                high = value
-            case annotated_types.Lt(lt=value):
-                high = value - step
+        if isinstance(rule, (annotated_types.Ge, annotated_types.Gt, annotated_types.Le, annotated_types.Lt)):
+            rules |= dataclasses.asdict(rule)
+    step = _step(field, kind)
+    low = rules.get("ge", rules["gt"] + step if "gt" in rules else -math.inf)
+    high = rules.get("le", rules["lt"] - step if "lt" in rules else math.inf)
     if off == 0:
         low = min(low, 0)
     high = min(high, _hint(field, "ui_max") or MOST[kind]) if math.isinf(high) else high
@@ -330,5 +332,5 @@ def _step(field: FieldInfo, kind: Any) -> float:
 
 
 def _hint(field: FieldInfo, name: str) -> Any:
-    extra = field.json_schema_extra
-    return extra.get("widget", {}).get(name) if isinstance(extra, dict) else None
+    extra: Any = field.json_schema_extra
+    return extra["widget"].get(name) if isinstance(extra, dict) and "widget" in extra else None
