@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ import tomli_w
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 LANGUAGES = ("en", "zh")
-UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae": "VAE", "t5": "T5", "clip": "CLIP",
+UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae": "VAE", "t5": "T5",
          "dtype": "precision", "toml": "TOML", "url": "URL", "proc": "processes", "num": "number of", "x": "X",
          "lora": "LoRA"}  # fmt: skip
 WORDS = {
@@ -78,6 +79,7 @@ def _text(language: str, english: str) -> str:
 
 def _label(language: str, name: str) -> str:
     words = " ".join(UPPER.get(word, word) for word in name.split("_"))
+    words = re.sub("^clip", "CLIP", words)  # the text encoder, not a video's clip
     return _in(language, "labels", name, words[:1].upper() + words[1:])
 
 

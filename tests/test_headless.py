@@ -204,7 +204,7 @@ def test_the_example_is_sound(tmp_path):
     assert train_config["max_steps"] == 60
     assert train_config["model"]["type"] == "flux"
     assert train_config["adapter"] == {"type": "lora", "rank": 4, "dropout": 0.0}
-    assert output_dir == str(tmp_path / "output/training/flux_lora")
+    assert output_dir == str(tmp_path / "output/training")
     assert config_path == ""
 
 
