@@ -52,6 +52,7 @@ class PreviewAny:
 class Result:
     """What a node gave."""
 
+    class_type: str = ""
     outputs: tuple[Any, ...] = ()
     ui: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ def node_classes() -> dict[str, type]:
     return {**load_package().NODE_CLASS_MAPPINGS, "PreviewAny": PreviewAny}
 
 
-def run_workflow(workflow: Path, base_directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Result]:
+def run_file(workflow: Path, base_directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Result]:
     """Runs ``workflow`` with ``base_directory`` as ComfyUI's and returns what each node gave, by node id.
 
     Args:
@@ -242,8 +243,8 @@ async def _run(node_id: str, prompt: Prompt, classes: Mapping[str, type], tasks:
     if inspect.isawaitable(answer):
         answer = await answer
     if isinstance(answer, dict):
-        return Result(tuple(answer.get("result", ())), answer.get("ui", {}))
-    return Result(tuple(answer or ()))
+        return Result(node["class_type"], tuple(answer.get("result", ())), answer.get("ui", {}))
+    return Result(node["class_type"], tuple(answer or ()))
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -267,7 +268,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        results = run_workflow(arguments.workflow, arguments.base_directory, dict(arguments.values))
+        results = run_file(arguments.workflow, arguments.base_directory, dict(arguments.values))
     except ValueError as error:  # a workflow or setting that was refused: the text is for the user
         sys.stderr.write(f"{error}\n")
         return 2
