@@ -4,6 +4,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 if "diffusion_trainer" not in sys.modules:
     spec = importlib.util.spec_from_file_location(
@@ -11,3 +13,17 @@ if "diffusion_trainer" not in sys.modules:
     package = importlib.util.module_from_spec(spec)
     sys.modules["diffusion_trainer"] = package
     spec.loader.exec_module(package)
+
+
+class RootIsAFolder:
+    """Keeps pytest from importing the root's ``__init__.py`` again, as a module without a package.
+
+    A plugin, because pytest asks a conftest.py only about folders below its own.
+    """
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(RootIsAFolder())

@@ -29,8 +29,9 @@ class Table(BaseModel):
     """A TOML table: unknown keys are refused, defaults are checked like values."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_default=True, protected_namespaces=(), use_attribute_docstrings=False
-    )
+        extra="forbid", validate_default=True, protected_namespaces=(), use_attribute_docstrings=False,
+        defer_build=True,  # ComfyUI loads the package at every start, but rarely validates anything
+    )  # fmt: skip
 
 
 def option(

@@ -26,13 +26,13 @@ class Lora(Table):
     type: Literal["lora"] = "lora"
     rank: int = option(32, "Rank of the update: higher learns more detail and makes a larger file.", ge=1, le=1024, step=1)
     alpha: float | None = option(
-        None, "The update is scaled by alpha / rank. Left out: equal to rank, that is no scaling.", gt=0, step=1, ui_max=1024)
+        None, "The update is scaled by alpha / rank. Left out: equal to rank, that is no scaling.", gt=0, step=0.5, ui_max=1024)
     dropout: float = option(0.0, "Share of the adapter's inputs that is dropped while training.", ge=0, lt=1, step=0.01)
     dtype: Dtype | None = option(
         None, "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype.")
     target_modules: list[str] | None = option(
         None, "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj. "
-        "Left out: every linear layer of the blocks.")
+        "Left out: every linear layer of the blocks.", multiline=True)
     exclude_modules: list[str] | None = option(
         None, "Modules that get no adapter although they are targets, by the end of their name.", advanced=True)
     init_from_existing: str | None = option(
@@ -68,13 +68,13 @@ class Monitoring(Table):
 
 
 class TrainSettings(Table):
-    """The top level of ``train.toml``; `train_settings` builds it with the families' ``[model]`` tables."""
+    """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
     output_dir: str = option(..., "Folder that receives one run folder for each training.")
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
-    max_steps: int | None = option(None, "Stop after this many optimizer steps even if epochs are left.", ge=1, step=1)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.", ge=1, step=1)
     micro_batch_size_per_gpu: int = option(1, "Pictures that one GPU works on at once.", ge=1, step=1, ui_max=1024)
     gradient_accumulation_steps: int = option(
         1, "Micro-batches that make up one optimizer step; also what fills the pipeline with several stages.",
@@ -87,7 +87,7 @@ class TrainSettings(Table):
         "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0.")
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
     force_constant_lr: float | None = option(
-        None, "Use exactly this learning rate everywhere, also when resuming.", gt=0, step=1e-8, advanced=True)
+        None, "Use exactly this learning rate everywhere, also when resuming. Left out: the optimizer's lr and lr_scheduler.", gt=0, step=1e-8, advanced=True)
 
     number_of_gpus: int = option(
         1, "Processes, one per GPU. From the command line the launcher's --num_gpus counts instead.", ge=1, step=1, ui_max=1024)
@@ -107,33 +107,33 @@ class TrainSettings(Table):
     attention_backend: Literal["auto", "native", "cudnn"] = option(
         "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True)
 
-    save_every_n_epochs: int | None = option(None, "Export the adapter or model after every so many epochs.", ge=1, step=1)
-    save_every_n_steps: int | None = option(None, "Export the adapter or model after every so many steps.", ge=1, step=1)
+    save_every_n_epochs: int | None = option(None, "Export the adapter or model after every so many epochs. Left out: not by epochs.", ge=1, step=1)
+    save_every_n_steps: int | None = option(None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1)
     save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
     checkpoint_every_n_epochs: int | None = option(
-        None, "Write a checkpoint, from which training can go on, after every so many epochs.", ge=1, step=1)
-    checkpoint_every_n_minutes: int | None = option(None, "Write a checkpoint every so many minutes.", ge=1, step=1)
+        None, "Write a checkpoint, from which training can go on, after every so many epochs. Left out: not by epochs.", ge=1, step=1)
+    checkpoint_every_n_minutes: int | None = option(None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1)
     checkpoints_to_keep: int = option(2, "Older checkpoints are removed.", ge=1, step=1, ui_max=1000, advanced=True)
     resume_from_checkpoint: bool | str = option(
         False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True)
 
     caching_batch_size: int = option(1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024)
     cache_dir: str | None = option(None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True)
-    map_num_proc: int | None = option(None, "Processes that read pictures while caching.", ge=1, step=1, advanced=True)
+    map_num_proc: int | None = option(None, "Processes that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True)
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained.")
 
-    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.")
-    eval_every_n_epochs: int | None = option(None, "Measure the loss of eval_datasets every so many epochs.", ge=1, step=1)
-    eval_every_n_steps: int | None = option(None, "Measure the loss of eval_datasets every so many steps.", ge=1, step=1)
+    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
+    eval_every_n_epochs: int | None = option(None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1)
+    eval_every_n_steps: int | None = option(None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1)
     eval_before_first_step: bool = option(True, "Measure it also before training begins.")
-    eval_micro_batch_size_per_gpu: int | None = option(None, "Left out: as in training.", ge=1, step=1)
+    eval_micro_batch_size_per_gpu: int | None = option(None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1)
     eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
 
     steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
     logging_steps: int = option(1, "Steps between two points of the curves.", ge=1, step=1, ui_max=100000, advanced=True)
     x_axis_examples: bool = option(False, "Curves over pictures seen instead of steps.", advanced=True)
-    pseudo_huber_c: float | None = option(None, "Use the pseudo-Huber loss with this c.", gt=0, step=0.01, advanced=True)
+    pseudo_huber_c: float | None = option(None, "Use the pseudo-Huber loss with this c. Left out: the mean squared error.", gt=0, step=0.01, advanced=True)
 
     model: Any
     adapter: Lora | None = None

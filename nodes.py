@@ -1,0 +1,47 @@
+"""The nodes by id. Saved workflows name these ids, so an id stays for ever."""
+
+from __future__ import annotations
+
+from .diffusion_nodes.config import (
+    AdapterConfigNode,
+    AdvancedTrainConfig,
+    GeneralConfig,
+    ModelConfig,
+    OptimizerConfigNode,
+)
+from .diffusion_nodes.dataset import ArBucketsNode, FrameBucketsNode, GeneralDatasetConfig, GeneralDatasetPathNode
+from .diffusion_nodes.model import model_nodes
+from .diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
+from .diffusion_nodes.train import Train
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {
+    "GeneralDatasetConfig": GeneralDatasetConfig,
+    "GeneralDatasetPathNode": GeneralDatasetPathNode,
+    "FrameBucketsNode": FrameBucketsNode,
+    "ArBucketsNode": ArBucketsNode,
+    **model_nodes(),
+    "GeneralConfig": GeneralConfig,
+    "AdvancedTrainConfig": AdvancedTrainConfig,
+    "ModelConfig": ModelConfig,
+    "AdapterConfigNode": AdapterConfigNode,
+    "OptimizerConfigNode": OptimizerConfigNode,
+    "Train": Train,
+    "TensorBoardMonitor": TensorBoardMonitor,
+    "OutputDirPassthrough": OutputDirPassthrough,
+}
+
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "GeneralDatasetConfig": "General Dataset Config",
+    "GeneralDatasetPathNode": "General Dataset Path",
+    "FrameBucketsNode": "Frame Buckets",
+    "ArBucketsNode": "Aspect Ratio Buckets",
+    "FluxModelNode": "Flux Model",
+    "GeneralConfig": "General Training Config",
+    "AdvancedTrainConfig": "Advanced Training Config",
+    "ModelConfig": "Model Config",
+    "AdapterConfigNode": "Adapter Config",
+    "OptimizerConfigNode": "Optimizer Config",
+    "Train": "Start Training",
+    "TensorBoardMonitor": "TensorBoard Monitor",
+    "OutputDirPassthrough": "Output Directory Passthrough",
+}

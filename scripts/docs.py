@@ -1,0 +1,261 @@
+"""Writes what is told about options and nodes, from their declarations: help pages, labels, examples.
+
+    python scripts/docs.py            writes the files
+    python scripts/docs.py --check    says which are not up to date, exit 1
+
+English comes from the declarations; Chinese from locales/zh/texts.json, keyed by the English text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import tomli_w
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+LANGUAGES = ("en", "zh")
+UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae": "VAE", "t5": "T5",
+         "dtype": "precision", "toml": "TOML", "url": "URL", "proc": "processes", "num": "number of", "x": "X",
+         "lora": "LoRA"}  # fmt: skip
+WORDS = {
+    "en": {"inputs": "Inputs", "outputs": "Outputs", "input": "Input", "type": "Type", "default": "Default",
+           "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced"},
+    "zh": {"inputs": "输入", "outputs": "输出", "input": "输入", "type": "类型", "default": "默认值", "range": "范围",
+           "meaning": "说明", "output": "输出", "link": "连线", "advanced": "高级"},
+}  # fmt: skip
+EXAMPLE_TRAIN: dict[str, Any] = {
+    "output_dir": "/data/training/my_lora", "epochs": 100, "micro_batch_size_per_gpu": 1,
+    "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "warmup_steps": 20, "lr_scheduler": "constant",
+    "pipeline_stages": 1, "activation_checkpointing": True, "save_every_n_epochs": 10, "save_dtype": "bfloat16",
+    "checkpoint_every_n_minutes": 60,
+    "model": {"type": "flux", "diffusers_path": "/data/models/FLUX.1-dev", "dtype": "bfloat16",
+              "transformer_dtype": "float8", "flux_shift": True},
+    "adapter": {"type": "lora", "rank": 32},
+    "optimizer": {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01},
+}  # fmt: skip
+EXAMPLE_DATASET: dict[str, Any] = {
+    "resolutions": [512], "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7,
+    "directory": [{"path": "/data/pictures", "num_repeats": 1}],
+}  # fmt: skip
+
+
+def package(name: str) -> Any:
+    """A module of this package."""
+    importlib.import_module("headless").load_package()
+    return importlib.import_module(f"diffusion_trainer.{name}")
+
+
+@cache
+def chinese() -> dict[str, dict[str, str]]:
+    """The table of Chinese texts: ``texts`` by English text, ``labels`` by input, ``nodes`` by id."""
+    return json.loads((ROOT / "locales/zh/texts.json").read_text("utf-8"))
+
+
+MISSING: set[str] = set()
+"""Texts without Chinese that were asked for; filled by `files`."""
+
+
+def _in(language: str, table: str, key: str, english: str) -> str:
+    if language == "en":
+        return english
+    if key not in chinese()[table]:
+        MISSING.add(f"{table}: {key}")
+    return chinese()[table].get(key, english)
+
+
+def _text(language: str, english: str) -> str:
+    return _in(language, "texts", english, english) if english else ""
+
+
+def _label(language: str, name: str) -> str:
+    words = " ".join(UPPER.get(word, word) for word in name.split("_"))
+    words = re.sub("^clip", "CLIP", words)  # the text encoder, not a video's clip
+    return _in(language, "labels", name, words[:1].upper() + words[1:])
+
+
+def _inputs(cls: Any) -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    declared = cls.INPUT_TYPES()
+    for section in ("required", "optional"):
+        for name, entry in declared.get(section, {}).items():
+            yield name, entry[0], entry[1] if len(entry) > 1 else {}
+
+
+def _outputs(cls: Any) -> Iterator[tuple[str, str, str]]:
+    tips = getattr(cls, "OUTPUT_TOOLTIPS", ("",) * len(cls.RETURN_TYPES))
+    yield from zip(getattr(cls, "RETURN_NAMES", cls.RETURN_TYPES), cls.RETURN_TYPES, tips, strict=True)
+
+
+def node_definitions(language: str) -> dict[str, Any]:
+    """``nodeDefs.json``: what ComfyUI shows instead of the names in the code."""
+    nodes = package("nodes")
+    return {
+        name: {
+            "display_name": _in(language, "nodes", name, nodes.NODE_DISPLAY_NAME_MAPPINGS[name]),
+            "description": _text(language, _description(cls)),
+            "inputs": {key: {"name": _label(language, key), "tooltip": _text(language, options.get("tooltip", ""))}
+                       for key, _, options in _inputs(cls)},
+            "outputs": {str(index): {"name": _label(language, key), "tooltip": _text(language, tip)}
+                        for index, (key, _, tip) in enumerate(_outputs(cls))},
+        }
+        for name, cls in nodes.NODE_CLASS_MAPPINGS.items()
+    }  # fmt: skip
+
+
+def _description(cls: Any) -> str:
+    return getattr(cls, "DESCRIPTION", "")
+
+
+def node_page(name: str, language: str) -> str:
+    """The help page of a node, in Markdown."""
+    nodes, words = package("nodes"), WORDS[language]
+    cls = nodes.NODE_CLASS_MAPPINGS[name]
+    lines = [f"# {_in(language, 'nodes', name, nodes.NODE_DISPLAY_NAME_MAPPINGS[name])}", "",
+             _text(language, _description(cls)), ""]  # fmt: skip
+    if rows := [_input_row(language, *row) for row in _inputs(cls)]:
+        head = [words[key] for key in ("input", "type", "default", "range", "meaning")]
+        lines += [f"## {words['inputs']}", "", *_table(head, rows), ""]
+    if rows := [
+        [f"{_label(language, key)} `{key}`", f"`{kind}`", _text(language, tip)] for key, kind, tip in _outputs(cls)
+    ]:
+        head = [words[key] for key in ("output", "type", "meaning")]
+        lines += [f"## {words['outputs']}", "", *_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def _input_row(language: str, name: str, kind: Any, options: Mapping[str, Any]) -> list[str]:
+    choices = ", ".join(f"`{choice}`" for choice in kind) if isinstance(kind, (list, tuple)) else ""
+    span = f"{options['min']} … {options['max']}" if "min" in options and "max" in options else choices
+    default = f"`{json.dumps(options['default'], ensure_ascii=False)}`" if "default" in options else ""
+    note = f" ({WORDS[language]['advanced']})" if options.get("advanced") else ""
+    shown = "COMBO" if choices else kind
+    label, meaning = _label(language, name), _text(language, options.get("tooltip", ""))
+    return [f"{label} `{name}`{note}", f"`{shown}`", default or WORDS[language]["link"], span, meaning]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    cells = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in cells]
+
+
+def options_page() -> str:
+    """Tables of every option of both TOML files."""
+    settings, families = package("utils.settings"), package("models").families()
+    parts = [("train.toml", settings.TrainSettings), ("[adapter]", settings.Lora), ("[optimizer]", settings.Optimizer),
+             ("[monitoring]", settings.Monitoring)]  # fmt: skip
+    parts += [(f'[model] with type = "{kind}"', family.Config) for kind, family in families.items()]
+    parts += [("dataset.toml", settings.DatasetSettings), ("[[directory]] in dataset.toml", settings.Directory)]
+    lines = ["# Options", "", "Generated by `scripts/docs.py` from the declarations. What is not required may be"]
+    lines.append("left out.")
+    for title, table in parts:
+        rows = [_option_row(name, field) for name, field in table.model_fields.items() if field.description]
+        doc = " ".join((table.__doc__ or "").split()).replace("``", "`")
+        lines += ["", f"## `{title}`", "", doc, "", *_table(["Option", "Type", "Default", "Meaning"], rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _option_row(name: str, field: Any) -> list[str]:
+    default = "required" if field.is_required() else "" if field.default is None else f"`{json.dumps(field.default)}`"
+    bounds = [f"{sign} {getattr(rule, key)}" for rule in field.metadata
+              for key, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")) if hasattr(rule, key)]  # fmt: skip
+    return [f"`{name}`", ", ".join([_type_name(field.annotation), *bounds]), default, field.description]
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
+            annotation.__name__, "table")  # fmt: skip
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if getattr(annotation, "__origin__", None) is list:
+        return f"list of {_type_name(arguments[0])}"
+    if all(isinstance(argument, str) for argument in arguments):
+        return ", ".join(f"`{argument}`" for argument in arguments) or "anything"
+    return " or ".join(_type_name(a) if not isinstance(a, str) else f"`{a}`" for a in arguments) or "anything"
+
+
+def example(title: str, values: Mapping[str, Any], table: Any, tables: Mapping[str, Any]) -> str:
+    """A commented TOML file: each value below the description of its option."""
+    lines = [f"# {title}", "# Every option: docs/options.md"]
+    nested = {key: value for key, value in values.items() if key in tables}
+    sections: list[tuple[str, Mapping[str, Any], Any]] = [
+        ("", {k: v for k, v in values.items() if k not in nested}, table)
+    ]
+    for key, value in nested.items():
+        sections.append(
+            (f"[[{key}]]", value[0], tables[key]) if isinstance(value, list) else (f"[{key}]", value, tables[key])
+        )
+    for head, entries, owner in sections:
+        lines += ["", *([head] if head else [])]
+        for key, value in entries.items():
+            lines += textwrap.wrap(
+                owner.model_fields[key].description or "", 100, initial_indent="# ", subsequent_indent="# "
+            )
+            lines.append(
+                tomli_w.dumps({key: value})
+                .strip()
+                .replace("[\n    ", "[")
+                .replace(",\n    ", ", ")
+                .replace(",\n]", "]")
+            )
+    return "\n".join(lines) + "\n"
+
+
+def files() -> dict[Path, str]:
+    """Every generated file and what belongs in it, whatever runs and models this machine has."""
+    host = package("diffusion_nodes.comfy")
+    base = host.base_directory()
+    host.set_base_directory(ROOT / "web")
+    try:
+        return _files()
+    finally:
+        host.set_base_directory(base)
+
+
+def _files() -> dict[Path, str]:
+    settings, families = package("utils.settings"), package("models").families()
+    result: dict[Path, str] = {}
+    for language in LANGUAGES:
+        text = json.dumps(node_definitions(language), ensure_ascii=False, indent=2) + "\n"
+        result[ROOT / "locales" / language / "nodeDefs.json"] = text
+    for name in package("nodes").NODE_CLASS_MAPPINGS:
+        result[ROOT / "web/docs" / f"{name}.md"] = node_page(name, "en")
+        result[ROOT / "web/docs" / name / "zh.md"] = node_page(name, "zh")
+    result[ROOT / "docs/options.md"] = options_page()
+    result[ROOT / "configs/flux_lora.toml"] = example(
+        "A LoRA for Flux: deepspeed --num_gpus=1 train.py --deepspeed --config configs/flux_lora.toml",
+        EXAMPLE_TRAIN, settings.TrainSettings,
+        {"model": families["flux"].Config, "adapter": settings.Lora, "optimizer": settings.Optimizer})  # fmt: skip
+    result[ROOT / "configs/dataset.toml"] = example(
+        "Pictures to train on, each with its caption beside it: a.png and a.txt",
+        EXAMPLE_DATASET, settings.DatasetSettings, {"directory": settings.Directory})  # fmt: skip
+    return result
+
+
+def main() -> int:
+    """The command line; 1 when a file is not up to date or a text has no Chinese."""
+    parser = argparse.ArgumentParser(description="Write the generated documentation.")
+    parser.add_argument("--check", action="store_true", help="write nothing; say which files are not up to date")
+    check = parser.parse_args().check
+    stale = [path for path, text in files().items() if not path.is_file() or path.read_text("utf-8") != text]
+    for path in stale:
+        if check:
+            sys.stderr.write(f"{path.relative_to(ROOT)}: not up to date; run scripts/docs.py\n")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files()[path], "utf-8")
+    for text in sorted(MISSING):
+        sys.stderr.write(f"locales/zh/texts.json has no Chinese for {text}\n")
+    return int(bool(MISSING or (check and stale)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

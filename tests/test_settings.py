@@ -1,0 +1,130 @@
+"""The settings of a run: what old files hold is taken, what cannot be is refused by name."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from diffusion_trainer.models import families
+from diffusion_trainer.scripts import docs
+from diffusion_trainer.utils.config import SettingsError, write_toml
+from diffusion_trainer.utils.settings import (
+    TrainSettings,
+    as_toml,
+    family_of,
+    load_train_settings,
+    parse_dataset_settings,
+    parse_train_settings,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train(**changes):
+    values = {"output_dir": "/o", "model": {"type": "flux", "diffusers_path": "/m"}, "adapter": {"type": "lora"},
+              "optimizer": {"type": "adamw", "lr": 1e-4}}  # fmt: skip
+    values |= changes
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def dataset(**changes):
+    return {"directory": [{"path": "/d"}], **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epoch": 3}, "epoch: unknown option; did you mean 'epochs'?"),
+        ({"epochs": 0}, "epochs: must be at least 1, got 0"),
+        ({"epochs": "many"}, "epochs: input should be a valid integer"),
+        ({"model": None}, "model: required, but not given"),
+        ({"optimizer": None}, "optimizer: required, but not given"),
+        ({"output_dir": None}, "output_dir: required, but not given"),
+        ({"model": {"type": "fluxx"}}, "model.type: 'fluxx' is unknown; known are"),
+        ({"model": {"type": "flux", "difusers_path": "/m"}}, "model.difusers_path: unknown option; did you mean 'diffusers_path'?"),  # noqa: E501
+        ({"model": {"type": "flux", "dtype": "bf16"}}, "model.dtype: must be"),
+        ({"adapter": {"type": "lora", "rank": 0}}, "adapter.rank: must be at least 1, got 0"),
+        ({"adapter": {"type": "lora", "rnk": 3}}, "adapter.rnk: unknown option; did you mean 'rank'?"),
+        ({"optimizer": {"lr": 1e-4}}, "optimizer.type: required, but not given"),
+        ({"optimizer": {"type": "adamw", "betas": [0.9, 1.0]}}, "optimizer.betas: each must be at least 0 and less than 1"),  # noqa: E501
+        ({"lr_scheduler": "cosin"}, "lr_scheduler: must be 'constant', 'linear' or 'cosine', got 'cosin'; did you mean 'cosine'?"),  # noqa: E501
+        ({"blocks_to_swap": 20}, "blocks_to_swap: blocks cannot be swapped yet; set 0"),
+        ({"adapter": None}, "adapter: training all weights is not available yet"),
+        ({"partition_method": "manual", "pipeline_stages": 3, "partition_split": [4]}, "partition_split: needs 2 numbers"),  # noqa: E501
+        ({"partition_method": "memory"}, "partition_method: must be parameters, uniform, type:NAME or manual"),
+    ],
+)  # fmt: skip
+def test_train_messages(changes, message):
+    with pytest.raises(SettingsError) as caught:
+        parse_train_settings(train(**changes))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "directory: required, but not given"),
+        ({"directory": []}, "directory: "),
+        ({"directory": [{}]}, "directory[0].path: required, but not given"),
+        ({"directory": [{"path": "/d"}, {"pth": "/e", "path": "/f"}]}, "directory[1].pth: unknown option; did you mean 'path'?"),  # noqa: E501
+        (dataset(resolutions=[]), "resolutions: needs at least one, such as [512]"),
+        (dataset(resolutions=[8]), "resolutions: each must be a side of at least 16"),
+        (dataset(resolutions=["512px"]), "resolutions[0]: "),
+        (dataset(min_ar=2.0, max_ar=1.0), "min_ar: must not be above max_ar, got 2.0 and 1.0"),
+        (dataset(num_ar_buckets=0), "num_ar_buckets: must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_dataset_messages(values, message):
+    with pytest.raises(SettingsError) as caught:
+        parse_dataset_settings(values)
+    assert message in str(caught.value)
+
+
+def test_all_problems_come_at_once():
+    with pytest.raises(SettingsError) as caught:
+        parse_train_settings(train(epochs=0, seeed=1, optimizer={"type": "adamw", "lr": -1}))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_settings_survive_their_toml(tmp_path):
+    place = '/o/it\'s "my" 猫 🐈\\x'
+    settings = parse_train_settings(
+        train(output_dir=place, max_steps=7, adapter={"type": "lora", "target_modules": ["a"]})
+    )
+    write_toml(tmp_path / "train.toml", as_toml(settings))
+    again = load_train_settings(tmp_path / "train.toml")
+    assert again == settings
+    assert again.output_dir == place
+    assert as_toml(again) == as_toml(settings)
+
+
+def test_an_optimizer_may_have_arguments_of_its_own():
+    settings = parse_train_settings(train(optimizer={"type": "Prodigy", "lr": 1.0, "d_coef": 0.5}))
+    assert as_toml(settings)["optimizer"]["d_coef"] == 0.5
+
+
+def test_the_family_comes_with_the_settings():
+    settings = parse_train_settings(train())
+    assert isinstance(family_of(settings), families()["flux"])
+
+
+def test_shipped_files_parse():
+    for path in (ROOT / "configs").glob("*.toml"):
+        values = tomllib.loads(path.read_text("utf-8"))
+        if path.name == "dataset.toml":
+            assert parse_dataset_settings(values)
+            assert values == docs.EXAMPLE_DATASET
+        elif "output_dir" in values:
+            assert load_train_settings(path).adapter is not None
+    assert tomllib.loads((ROOT / "configs/flux_lora.toml").read_text("utf-8")) == docs.EXAMPLE_TRAIN
+
+
+def test_every_option_is_described():
+    tables = [TrainSettings, *(family.Config for family in families().values())]
+    nested = {"model", "adapter", "optimizer", "monitoring", "type"}
+    bare = [
+        name
+        for table in tables
+        for name, field in table.model_fields.items()
+        if not field.description and name not in nested
+    ]
+    assert bare == []
