@@ -30,7 +30,9 @@ def load_package() -> ModuleType:
     if PACKAGE not in sys.modules:
         # "import utils" must never find our folder, nor ours somebody else's.
         sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-        spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        spec = importlib.util.spec_from_file_location(
+            PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
         assert spec and spec.loader
         package = importlib.util.module_from_spec(spec)
         sys.modules[PACKAGE] = package
@@ -44,8 +46,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path, help="train.toml")
     parser.add_argument("--dataset", type=Path, help="dataset.toml, instead of the one that --config names")
     parser.add_argument("--check_config", action="store_true", help="say whether the settings are right, and stop")
-    parser.add_argument("--resume_from_checkpoint", nargs="?", const=True, default=None, metavar="FOLDER",
-                        help="go on from the newest run, or from the run folder of this name below output_dir")
+    parser.add_argument(
+        "--resume_from_checkpoint",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="FOLDER",
+        help="go on from the newest run, or from the run folder of this name below output_dir",
+    )
     parser.add_argument("--run_dir", type=Path, help="use this run folder instead of a new one in output_dir")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     parser.add_argument("--deepspeed", action="store_true", help="accepted, as the launcher's examples pass it")
@@ -61,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         settings, dataset = read_settings(arguments)
         if arguments.check_config:
             import tomli_w
+
             as_toml = _module("utils.settings").as_toml
             print(tomli_w.dumps(as_toml(settings)))
             if dataset is not None:
@@ -93,7 +102,11 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
     pipeline, trainer = _module("utils.pipeline"), _module("utils.trainer")
     world: World = pipeline.join_world()
     _log_to_stderr(world.rank)
-    resume = arguments.resume_from_checkpoint if arguments.resume_from_checkpoint is not None else settings.resume_from_checkpoint
+    resume = (
+        arguments.resume_from_checkpoint
+        if arguments.resume_from_checkpoint is not None
+        else settings.resume_from_checkpoint
+    )
     found: Any = None
     if world.rank == 0:
         try:
@@ -134,8 +147,13 @@ def _run_folder(run_dir: Path | None, settings: TrainSettings, resume: bool | st
 
 
 def _log_to_stderr(rank: int) -> None:
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, stream=sys.stderr, force=True,
-                        format=f"%(asctime)s [rank {rank}] %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        stream=sys.stderr,
+        force=True,
+        format=f"%(asctime)s [rank {rank}] %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
 
 
 def _log_to_file(path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
@@ -71,15 +72,19 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
             return random_denoiser(device, arguments.small)
 
     class RandomCache:
-        samples = [Sample(f"{n}.png", str(n), Bucket(arguments.width, arguments.height), "") for n in range(64)]
+        samples: ClassVar = [
+            Sample(f"{n}.png", str(n), Bucket(arguments.width, arguments.height), "") for n in range(64)
+        ]
 
         def load(self, sample: Sample) -> Any:
             text = 768, (512, 4096)
-            return ({"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
-                    {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()})
+            return (
+                {"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
+                {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()},
+            )
 
     class Benchmark(Trainer):
-        seconds: list[float] = []
+        seconds: ClassVar[list[float]] = []
 
         def _prepare_data(self) -> Any:
             return RandomCache()
@@ -94,9 +99,16 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
 
         def _checkpoint(self, *unused: Any) -> None: ...
 
-    values = {"output_dir": str(folder), "epochs": 1000, "max_steps": arguments.steps, "micro_batch_size_per_gpu": arguments.batch,
-              "steps_per_print": 10**6, "model": {"type": "flux"}, "adapter": {"type": "lora", "rank": arguments.rank},
-              "optimizer": {"type": "adamw", "lr": 1e-4}}
+    values = {
+        "output_dir": str(folder),
+        "epochs": 1000,
+        "max_steps": arguments.steps,
+        "micro_batch_size_per_gpu": arguments.batch,
+        "steps_per_print": 10**6,
+        "model": {"type": "flux"},
+        "adapter": {"type": "lora", "rank": arguments.rank},
+        "optimizer": {"type": "adamw", "lr": 1e-4},
+    }
     for key, value in changes.items():
         table, _, name = key.rpartition(".")
         (values[table] if table else values)[name] = value
@@ -119,19 +131,26 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
         trainer.run()
     stamps = trainer.seconds
     warm = stamps[max(3, len(stamps) // 3) :]
-    steps = sorted(b - a for a, b in zip(warm, warm[1:], strict=False))
+    steps = sorted(b - a for a, b in itertools.pairwise(warm))
     cuda = torch.cuda.is_available()
-    return {"setting": setting or "default", "seconds": (warm[-1] - warm[0]) / (len(warm) - 1), "median": steps[len(steps) // 2],
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-            "loss": trainer.status.loss, "first_step": stamps[1] - stamps[0],
-            "device": torch.cuda.get_device_name() if cuda else "cpu"}
+    return {
+        "setting": setting or "default",
+        "seconds": (warm[-1] - warm[0]) / (len(warm) - 1),
+        "median": steps[len(steps) // 2],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
+        "loss": trainer.status.loss,
+        "first_step": stamps[1] - stamps[0],
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
 
 
 def main() -> None:
     """Runs all settings and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", default=["activation_checkpointing=true", "activation_checkpointing=false"])
+    parser.add_argument(
+        "settings", nargs="*", default=["activation_checkpointing=true", "activation_checkpointing=false"]
+    )
     for name, default in (("width", 1024), ("height", 1024), ("batch", 1), ("rank", 16), ("steps", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
@@ -149,7 +168,9 @@ def main() -> None:
             print(f"failed: {setting}\n{done.stderr[-1500:]}", flush=True)
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
-        memory = f"{row['peak_gib']:9.1f} {row['reserved_gib']:9.1f}" if row["peak_gib"] is not None else f"{'':9} {'':9}"
+        memory = (
+            f"{row['peak_gib']:9.1f} {row['reserved_gib']:9.1f}" if row["peak_gib"] is not None else f"{'':9} {'':9}"
+        )
         print(f"{row['seconds']:8.3f} {row['median']:8.3f} {memory} {row['loss']:8.4f}  {row['setting']}", flush=True)
 
 

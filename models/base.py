@@ -38,15 +38,23 @@ class ModelConfig(Table):
     type: str
     dtype: Dtype = option("bfloat16", "Precision that the model computes in.")
     transformer_dtype: StorageDtype | None = option(
-        None, "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
-        "Left out: the same as dtype.")
+        None,
+        "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
+        "Left out: the same as dtype.",
+    )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
-        "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike.")
+        "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."
+    )
     sigmoid_scale: float = option(
-        1.0, "Width of the logit_normal distribution; larger reaches more of the ends.", gt=0, step=0.1, advanced=True)
+        1.0, "Width of the logit_normal distribution; larger reaches more of the ends.", gt=0, step=0.1, advanced=True
+    )
     shift: float | None = option(
-        None, "Moves training towards high noise: t' = shift*t / (1 + (shift - 1)*t). 3 is usual for large pictures.",
-        gt=0, step=0.1, advanced=True)
+        None,
+        "Moves training towards high noise: t' = shift*t / (1 + (shift - 1)*t). 3 is usual for large pictures.",
+        gt=0,
+        step=0.1,
+        advanced=True,
+    )
     min_t: float = option(0.0, "Lowest noise level that is trained.", ge=0, lt=1, step=0.001, advanced=True)
     max_t: float = option(1.0, "Highest noise level that is trained.", gt=0, le=1, step=0.001, advanced=True)
 
@@ -144,7 +152,9 @@ class Family(ABC):
         """The image encoder on ``device``, in eval mode."""
 
     @abstractmethod
-    def encode_media(self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+    def encode_media(
+        self, vae: nn.Module, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
         """Latents of pictures or clips, normalised as the denoiser wants them.
 
         Args:
@@ -274,7 +284,9 @@ def fingerprint(path: Path) -> str:
     10 GB encoder costs milliseconds.
     """
     digest = hashlib.blake2b(digest_size=16)
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")) if path.is_dir() else [path]
+    files = (
+        sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")) if path.is_dir() else [path]
+    )
     for file in files:
         digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{file.stat().st_size};".encode())
         with file.open("rb") as stream:

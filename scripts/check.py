@@ -1,6 +1,6 @@
 """Runs all checks: ruff, mypy, tests. Makes its environment first.
 
-    python3 scripts/check.py [pytest arguments]
+python3 scripts/check.py [pytest arguments]
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def main() -> int:
             print(f"== {name}", flush=True)
             if subprocess.run(command, cwd=folder if name == "mypy" else ROOT, check=False).returncode:
                 failed.append(name)
-            print(f"== {name}: {'FAILED' if name in failed else 'good'}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"== {name}: {'FAILED' if name in failed else 'good'}, {time.monotonic() - started:.0f} s", flush=True
+            )
     print("failed: " + ", ".join(failed) if failed else "all checks are good")
     return len(failed)
 

@@ -79,17 +79,22 @@ def draw_curve(losses: list[float], path: Path) -> None:
 
 
 def compare_pictures(run: Path, lora: Path, target: Path) -> float:
-    """Makes a picture without and with the LoRA in diffusers' own pipeline; returns their mean difference in [0, 255]."""
+    """Makes a picture without and with the LoRA in diffusers' own pipeline; returns their mean difference of 255."""
     import torch
     from diffusers import FluxPipeline
-    from PIL import Image, ImageChops, ImageStat
     from diffusion_trainer.utils.settings import load_train_settings
+    from PIL import Image, ImageChops, ImageStat
 
     settings = load_train_settings(run / "train.toml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = FluxPipeline.from_pretrained(settings.model.diffusers_path, torch_dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
-    arguments: dict[str, Any] = {"prompt": "a red circle on a plain ground", "height": 64, "width": 96, "num_inference_steps": 8}
+    arguments: dict[str, Any] = {
+        "prompt": "a red circle on a plain ground",
+        "height": 64,
+        "width": 96,
+        "num_inference_steps": 8,
+    }
     before = pipe(**arguments, generator=torch.Generator().manual_seed(1)).images[0]
     pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
     after = pipe(**arguments, generator=torch.Generator().manual_seed(1)).images[0]

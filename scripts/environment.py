@@ -1,7 +1,7 @@
 """Makes ``.venv`` with everything the trainer needs; uses nothing but the standard library.
 
-    python3 scripts/environment.py          what training needs
-    python3 scripts/environment.py --dev    and what the tests need
+python3 scripts/environment.py          what training needs
+python3 scripts/environment.py --dev    and what the tests need
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ def prepare(dev: bool = False) -> Path:
     """The Python of an environment that is complete; makes or completes it first.
 
     Raises:
-        SystemExit: Python is too old or an installation failed; says what to do.
+        SystemExit: An installation failed; says what to do.
     """
-    if sys.version_info < (3, 11):
-        raise SystemExit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; start this with a newer python3")
     python = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     lists = [ROOT / "requirements.txt", *([ROOT / "requirements-dev.txt"] if dev else [])]
     stamp = VENV / ("complete-dev" if dev else "complete")
@@ -52,8 +50,21 @@ def _install_torch(python: Path) -> None:
     found = subprocess.run([*pip, f"torch=={TORCH}+cpu"], capture_output=True, check=False)
     if found.returncode:  # the default index has no CPU builds; uv knows where PyTorch keeps them
         _run([*pip, "uv"], "see the message above")
-        _run([str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend", "cpu", f"torch=={TORCH}"],
-             "see the message above")
+        _run(
+            [
+                str(python),
+                "-m",
+                "uv",
+                "pip",
+                "install",
+                "--python",
+                str(python),
+                "--torch-backend",
+                "cpu",
+                f"torch=={TORCH}",
+            ],
+            "see the message above",
+        )
 
 
 def _has_nvidia_gpu() -> bool:

@@ -145,7 +145,8 @@ def in_new_python(code: str, *arguments: str, wait: bool = True) -> subprocess.P
     prelude += "from diffusion_trainer.utils import launch\nfrom diffusion_trainer.utils.run_folder import RunFolder\n"
     prelude += "from pathlib import Path\n"
     child = subprocess.Popen(
-        [sys.executable, "-c", prelude + code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        [sys.executable, "-c", prelude + code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if wait:
         child.wait(60)
     return child
@@ -154,8 +155,9 @@ def in_new_python(code: str, *arguments: str, wait: bool = True) -> subprocess.P
 def test_found_after_restart_and_outlives_its_starter(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "output")
     (folder.path / "behaviour.json").write_text(json.dumps({"steps": 100000}))
-    starting = ("launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity='x', script=Path(sys.argv[2]), "
-                "launcher=())")
+    starting = (
+        "launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity='x', script=Path(sys.argv[2]), launcher=())"
+    )
     assert in_new_python(starting, str(folder.path), str(SCRIPT)).returncode == 0
     run = launch.find("x")
     assert run is not None
@@ -174,8 +176,9 @@ def test_found_after_restart_and_outlives_its_starter(tmp_path: Path) -> None:
 def test_vanished_without_exit_code(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "output")
     (folder.path / "behaviour.json").write_text(json.dumps({"steps": 100000}))
-    starting = ("launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity='x', script=Path(sys.argv[2]), "
-                "launcher=())")
+    starting = (
+        "launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity='x', script=Path(sys.argv[2]), launcher=())"
+    )
     in_new_python(starting, str(folder.path), str(SCRIPT))
     run = launch.find("x")
     assert run is not None
@@ -187,10 +190,12 @@ def test_vanished_without_exit_code(tmp_path: Path) -> None:
 
 
 def test_two_starts_at_once_have_one_winner(tmp_path: Path) -> None:
-    code = ("from diffusion_trainer.utils.processes import ProcessError\n"
-            "try:\n    launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity=sys.argv[1], "
-            "script=Path(sys.argv[2]), launcher=())\n    print('won')\n"
-            "except ProcessError:\n    print('refused')")
+    code = (
+        "from diffusion_trainer.utils.processes import ProcessError\n"
+        "try:\n    launch.start(RunFolder(Path(sys.argv[1])), num_gpus=1, identity=sys.argv[1], "
+        "script=Path(sys.argv[2]), launcher=())\n    print('won')\n"
+        "except ProcessError:\n    print('refused')"
+    )
     children = []
     for _ in range(4):
         folder = RunFolder.create(tmp_path / "output")

@@ -85,7 +85,9 @@ def test_port_of_another_program_is_left_alone(logdir: Path) -> None:
 def test_survivor_is_found_after_restart(logdir: Path) -> None:
     child = in_new_python(
         "print(tensorboard.start(Path(sys.argv[1]), port=int(sys.argv[2])).pid, 'torch' in sys.modules)",
-        str(logdir), str(free_port()))
+        str(logdir),
+        str(free_port()),
+    )
     pid, torch = child.communicate(timeout=60)[0].split()
     assert torch == "False"
     found = tensorboard.find(logdir)
@@ -102,7 +104,10 @@ def test_mortal_ends_with_its_parent(logdir: Path, way: str) -> None:
     child = in_new_python(
         "print(tensorboard.start(Path(sys.argv[1]), port=int(sys.argv[2]), survive=False).pid, flush=True)\n"
         "sys.stdin.readline() if sys.argv[3] == 'exit' else time.sleep(600)",
-        str(logdir), str(free_port()), way)
+        str(logdir),
+        str(free_port()),
+        way,
+    )
     assert child.stdout is not None
     pid = int(child.stdout.readline())
     if way == "kill":

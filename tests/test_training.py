@@ -25,8 +25,9 @@ def plain(bench: Bench) -> Result:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], **tolerance: float) -> None:
     assert one.keys() == other.keys()
     for key, value in one.items():
-        torch.testing.assert_close(other[key], value, msg=lambda text, key=key: f"{key}: {text}",
-                                   **(tolerance or {"rtol": 0, "atol": 0}))
+        torch.testing.assert_close(
+            other[key], value, msg=lambda text, key=key: f"{key}: {text}", **(tolerance or {"rtol": 0, "atol": 0})
+        )
 
 
 def test_loss_falls_and_everything_is_there(plain: Result) -> None:
@@ -37,7 +38,12 @@ def test_loss_falls_and_everything_is_there(plain: Result) -> None:
     for name in ("lr", "grad_norm", "step_seconds", "samples_per_second"):
         assert len(plain.curve(name)) == 16, name
     folder = Path(plain.status.exports[-1])
-    assert {p.name for p in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "train.toml", "dataset.toml"}
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "train.toml",
+        "dataset.toml",
+    }
     assert plain.folder.latest.read_text() == "global_step16"
 
 
@@ -46,8 +52,14 @@ def test_overfits_one_picture(bench: Bench, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("0.png", "0.txt"):
         (folder / name).write_bytes((bench.pictures / name).read_bytes())
-    result = bench.train(dataset={"resolutions": [64], "directory": [{"path": str(folder), "num_repeats": 8}]}, epochs=60,
-                         micro_batch_size_per_gpu=8, adapter={"rank": 16}, optimizer={"lr": 2e-2}, activation_checkpointing=False)
+    result = bench.train(
+        dataset={"resolutions": [64], "directory": [{"path": str(folder), "num_repeats": 8}]},
+        epochs=60,
+        micro_batch_size_per_gpu=8,
+        adapter={"rank": 16},
+        optimizer={"lr": 2e-2},
+        activation_checkpointing=False,
+    )
     losses = result.curve("epoch_loss")
     assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
 
@@ -57,22 +69,38 @@ def test_same_seed_same_bits_other_seed_not(bench: Bench, plain: Result) -> None
     assert bench.train(seed=8).curve("loss") != plain.curve("loss")
 
 
-@pytest.mark.parametrize("changes", [
-    {"micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
-    {"activation_checkpointing": False},
-], ids=["accumulated", "no checkpointing"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
+        {"activation_checkpointing": False},
+    ],
+    ids=["accumulated", "no checkpointing"],
+)
 def test_micro_batches_and_checkpointing_change_nothing(bench: Bench, plain: Result, changes: dict) -> None:
     result = bench.train(**changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize(("processes", "changes"), [
-    (2, {"micro_batch_size_per_gpu": 1}),
-    (2, {"pipeline_stages": 2, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}),
-    (3, {"pipeline_stages": 3, "partition_method": "manual", "partition_split": [1, 5], "micro_batch_size_per_gpu": 1,
-         "gradient_accumulation_steps": 2}),
-], ids=["two ranks", "two stages", "three stages, the first without trainable weights"])
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (2, {"micro_batch_size_per_gpu": 1}),
+        (2, {"pipeline_stages": 2, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}),
+        (
+            3,
+            {
+                "pipeline_stages": 3,
+                "partition_method": "manual",
+                "partition_split": [1, 5],
+                "micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 2,
+            },
+        ),
+    ],
+    ids=["two ranks", "two stages", "three stages, the first without trainable weights"],
+)
 def test_ranks_and_stages_change_nothing(bench: Bench, plain: Result, processes: int, changes: dict) -> None:
     result = bench.launch(processes, **changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)

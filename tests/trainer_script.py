@@ -67,8 +67,15 @@ print(f"resume={arguments.resume_from_checkpoint} rank={rank}", flush=True)
 status("caching", phase="encoding pictures", phase_done=1, phase_total=2)
 for step in range(1, todo["steps"] + 1):
     time.sleep(todo.get("seconds", 0.02))
-    status("training", step=step, total_steps=todo["steps"], loss=1 / step, first_loss=1.0,
-           seconds_per_step=todo.get("seconds", 0.02), eta=(todo["steps"] - step) * todo.get("seconds", 0.02))
+    status(
+        "training",
+        step=step,
+        total_steps=todo["steps"],
+        loss=1 / step,
+        first_loss=1.0,
+        seconds_per_step=todo.get("seconds", 0.02),
+        eta=(todo["steps"] - step) * todo.get("seconds", 0.02),
+    )
     if step == todo.get("raise_at"):
         raise FileNotFoundError(2, "No such file or directory", "/models/missing.safetensors")
     if step == todo.get("fail_at"):
@@ -80,5 +87,11 @@ for step in range(1, todo["steps"] + 1):
         if rank == 0:
             (run / "save_quit").unlink()
         save_and_exit()
-status("finished", step=todo["steps"], total_steps=todo["steps"], loss=1 / todo["steps"], first_loss=1.0,
-       exports=export() if rank == 0 else [])
+status(
+    "finished",
+    step=todo["steps"],
+    total_steps=todo["steps"],
+    loss=1 / todo["steps"],
+    first_loss=1.0,
+    exports=export() if rank == 0 else [],
+)

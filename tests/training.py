@@ -61,9 +61,16 @@ class Bench:
     def settings(self, **changes: Any) -> dict[str, Any]:
         """Tables of a short training; ``changes`` override keys, tables are merged."""
         base: dict[str, Any] = {
-            "output_dir": str(self.root / "out"), "cache_dir": str(self.root / "cache"), "epochs": 4,
-            "micro_batch_size_per_gpu": 2, "seed": 7, "save_dtype": "float32", "steps_per_print": 1000,
-            "model": self.model, "adapter": {"type": "lora", "rank": 4}, "optimizer": {"type": "adamw", "lr": 2e-3},
+            "output_dir": str(self.root / "out"),
+            "cache_dir": str(self.root / "cache"),
+            "epochs": 4,
+            "micro_batch_size_per_gpu": 2,
+            "seed": 7,
+            "save_dtype": "float32",
+            "steps_per_print": 1000,
+            "model": self.model,
+            "adapter": {"type": "lora", "rank": 4},
+            "optimizer": {"type": "adamw", "lr": 2e-3},
         }
         for key, value in changes.items():
             base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
@@ -73,8 +80,13 @@ class Bench:
         """Tables of the dataset."""
         return {"resolutions": [64], "directory": [{"path": str(self.pictures)}], **changes}
 
-    def train(self, folder: RunFolder | None = None, resume: bool = False, dataset: dict[str, Any] | None = None,
-              **changes: Any) -> "Result":
+    def train(
+        self,
+        folder: RunFolder | None = None,
+        resume: bool = False,
+        dataset: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> "Result":
         """Trains in this process."""
         settings = parse_train_settings(self.settings(**changes))
         tables = parse_dataset_settings(dataset or self.dataset())
@@ -83,15 +95,35 @@ class Bench:
         Trainer(settings, tables, world(), folder, resume).run()
         return Result(folder)
 
-    def launch(self, num_processes: int, *, resume: bool = False, folder: RunFolder | None = None, timeout: float = 120,
-               **changes: Any) -> "Result":
+    def launch(
+        self,
+        num_processes: int,
+        *,
+        resume: bool = False,
+        folder: RunFolder | None = None,
+        timeout: float = 120,
+        **changes: Any,
+    ) -> "Result":
         """Trains through DeepSpeed's launcher."""
         folder = folder or RunFolder.create(self.root / "out")
         write_toml(folder.train_toml, self.settings(**changes))
         write_toml(folder.dataset_toml, self.dataset())
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={num_processes}", f"--master_port={free_port()}",
-                   str(ROOT / "train.py"), "--deepspeed", "--config", str(folder.train_toml), "--run_dir", str(folder.path)]
-        done = subprocess.run(command + ["--resume_from_checkpoint"] * resume, capture_output=True, timeout=timeout, check=False)
+        command = [
+            sys.executable,
+            "-m",
+            "deepspeed.launcher.runner",
+            f"--num_gpus={num_processes}",
+            f"--master_port={free_port()}",
+            str(ROOT / "train.py"),
+            "--deepspeed",
+            "--config",
+            str(folder.train_toml),
+            "--run_dir",
+            str(folder.path),
+        ]
+        done = subprocess.run(
+            command + ["--resume_from_checkpoint"] * resume, capture_output=True, timeout=timeout, check=False
+        )
         assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-3000:]
         return Result(folder)
 
@@ -116,7 +148,9 @@ class Result:
 class StopsAfter(RunFolder):
     """A run folder in which someone leaves ``commands`` when the ``step``-th step is done."""
 
-    def __init__(self, path: Path, step: int, commands: Sequence[Command] = ("save_quit",), by_signal: bool = False) -> None:
+    def __init__(
+        self, path: Path, step: int, commands: Sequence[Command] = ("save_quit",), by_signal: bool = False
+    ) -> None:
         super().__init__(path)
         self._left, self._commands, self._by_signal = step, commands, by_signal
 

@@ -46,8 +46,13 @@ def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn
     """
     denoiser.requires_grad_(False)
     names = target_names(denoiser, family, settings)
-    config = LoraConfig(r=settings.rank, lora_alpha=alpha_of(settings), lora_dropout=settings.dropout,
-                        target_modules=names, init_lora_weights=False)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=alpha_of(settings),
+        lora_dropout=settings.dropout,
+        target_modules=names,
+        init_lora_weights=False,
+    )
     config._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(config, denoiser, adapter_name=NAME)
     for name, module in lora_layers(denoiser).items():
@@ -79,7 +84,9 @@ def _named(option: str, endings: list[str], linear: set[str]) -> set[str]:
         matches = {name for name in linear if name == ending or name.endswith(f".{ending}")}
         if not matches:
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise SettingsError(f"{option}: '{ending}' is the end of no linear layer's name; layers end in {', '.join(known)}")
+            raise SettingsError(
+                f"{option}: '{ending}' is the end of no linear layer's name; layers end in {', '.join(known)}"
+            )
         found |= matches
     return found
 
@@ -106,17 +113,23 @@ def load_existing(denoiser: nn.Module, family: Family, path: Path) -> None:
         raise SettingsError(f"{option}: '{path}' must be a .safetensors file or a folder with exactly one")
     stored = load_file(files[0])
     layers = lora_layers(denoiser)
-    expected = {f"{family.lora_keys(name)}.lora_{side}.weight": (layer, side) for name, layer in layers.items() for side in "AB"}
+    expected = {
+        f"{family.lora_keys(name)}.lora_{side}.weight": (layer, side) for name, layer in layers.items() for side in "AB"
+    }
     unknown = sorted(key for key in stored if key not in expected and not key.endswith(".alpha"))
     if unknown or not expected.keys() & stored.keys():
-        raise SettingsError(f"{option}: '{files[0]}' does not fit this model and these target_modules: {unknown[:3] or 'no key matches'}")
+        raise SettingsError(
+            f"{option}: '{files[0]}' does not fit model and target_modules: {unknown[:3] or 'no key matches'}"
+        )
     for key, (layer, side) in expected.items():
         if key not in stored:
             continue
         weight = getattr(layer, f"lora_{side}")[NAME].weight
         if stored[key].shape != weight.shape:
             dimension = 0 if side == "A" else 1
-            raise SettingsError(f"{option}: '{files[0]}' has rank {stored[key].shape[dimension]}; set adapter.rank to that")
+            raise SettingsError(
+                f"{option}: '{files[0]}' has rank {stored[key].shape[dimension]}; set adapter.rank to that"
+            )
         scale = 1.0
         if side == "B":
             alpha = stored.get(key.replace(".lora_B.weight", ".alpha"))
@@ -125,7 +138,9 @@ def load_existing(denoiser: nn.Module, family: Family, path: Path) -> None:
         weight.data.copy_(stored[key].float() * scale)
 
 
-def export_tensors(weights: Mapping[str, torch.Tensor], family: Family, settings: Lora, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def export_tensors(
+    weights: Mapping[str, torch.Tensor], family: Family, settings: Lora, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """What goes into the LoRA file: A and B of each layer and its alpha, under the keys ComfyUI reads.
 
     Args:

@@ -45,13 +45,29 @@ def choose(backend: Backend, device: torch.device) -> str:
     return backend
 
 
-def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-           dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> torch.Tensor:
+def _cudnn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
     """As ``F.scaled_dot_product_attention`` (query_NHLD ...); what cuDNN does not cover goes there."""
-    fits = (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and attn_mask is None and not enable_gqa
-            and query.ndim == 4 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128)
+    fits = (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and attn_mask is None
+        and not enable_gqa
+        and query.ndim == 4
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+    )
     if not fits:
         return _native(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     output = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, torch.is_grad_enabled(), dropout_p, is_causal, False, scale=scale)[0]
+        query, key, value, None, torch.is_grad_enabled(), dropout_p, is_causal, False, scale=scale
+    )[0]
     return _ContiguousGrad.apply(output)

@@ -39,8 +39,12 @@ def aspect_ratios(settings: DatasetSettings, directory: Directory) -> list[float
 def areas(settings: DatasetSettings, directory: Directory) -> list[float]:
     """Pixels of each resolution: ``512`` means 512x512, ``[1280, 720]`` as many as that."""
     sizes = directory.resolutions or settings.resolutions
-    return [float(math.prod(size)) if isinstance(size, Sequence) and len(size) == 2
-            else float((size[0] if isinstance(size, Sequence) else size) ** 2) for size in sizes]
+    return [
+        float(math.prod(size))
+        if isinstance(size, Sequence) and len(size) == 2
+        else float((size[0] if isinstance(size, Sequence) else size) ** 2)
+        for size in sizes
+    ]
 
 
 def bucket_for(ratio: float, ratios: Sequence[float], area: float, multiple: int) -> Bucket:

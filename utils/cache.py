@@ -47,8 +47,12 @@ class Store:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of ``keys`` that have no value yet, each once, in order."""
-        present = {entry.name.partition(".")[0] for sub in _folders(self._folder) for entry in os.scandir(sub)
-                   if entry.name.endswith(".safetensors")}
+        present = {
+            entry.name.partition(".")[0]
+            for sub in _folders(self._folder)
+            for entry in os.scandir(sub)
+            if entry.name.endswith(".safetensors")
+        }
         return [key for key in dict.fromkeys(keys) if key not in present]
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -108,8 +112,15 @@ class Cache:
         """Key of a caption's embeddings."""
         return _key("text", self._text_identity[encoder], caption)
 
-    def fill(self, device: torch.device, batch_size: int, progress: Progress, rank: int = 0, world: int = 1,
-             barrier: Callable[[], None] = lambda: None) -> dict[str, str]:
+    def fill(
+        self,
+        device: torch.device,
+        batch_size: int,
+        progress: Progress,
+        rank: int = 0,
+        world: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> dict[str, str]:
         """Encodes this process's share of what is missing; every process calls it.
 
         Returns:
@@ -138,7 +149,9 @@ class Cache:
             text |= value
         return None if media is None else (media, text)
 
-    def _fill_media(self, samples: list[Sample], device: torch.device, batch_size: int, progress: Progress) -> dict[str, str]:
+    def _fill_media(
+        self, samples: list[Sample], device: torch.device, batch_size: int, progress: Progress
+    ) -> dict[str, str]:
         progress("loading the picture encoder", 0, len(samples))
         vae = self._family.load_vae(device)
         by_bucket: dict[Bucket, list[Sample]] = defaultdict(list)
@@ -150,7 +163,9 @@ class Cache:
             for bucket, members in by_bucket.items():
                 for group, pictures in _ahead(readers, _groups(members, batch_size), bucket):
                     good = [(s, p) for s, p in zip(group, pictures, strict=True) if isinstance(p, torch.Tensor)]
-                    failed |= {s.path: str(p) for s, p in zip(group, pictures, strict=True) if not isinstance(p, torch.Tensor)}
+                    failed |= {
+                        s.path: str(p) for s, p in zip(group, pictures, strict=True) if not isinstance(p, torch.Tensor)
+                    }
                     if good:
                         self._encode_media(vae, good, device)
                     done += len(group)
@@ -158,7 +173,9 @@ class Cache:
         return failed
 
     @torch.no_grad()
-    def _encode_media(self, vae: torch.nn.Module, group: list[tuple[Sample, torch.Tensor]], device: torch.device) -> None:
+    def _encode_media(
+        self, vae: torch.nn.Module, group: list[tuple[Sample, torch.Tensor]], device: torch.device
+    ) -> None:
         keys = [self.media_key(sample.digest, sample.bucket) for sample, _ in group]
         pixels = torch.stack([picture for _, picture in group]).unsqueeze(2).to(device)
         encoded = self._family.encode_media(vae, pixels, [generator("posterior", key) for key in keys])
@@ -166,8 +183,9 @@ class Cache:
             self._media.put(key, {name: tensor[row] for name, tensor in encoded.items()})
 
     @torch.no_grad()
-    def _fill_text(self, name: str, store: Store, texts: list[str], device: torch.device, batch_size: int,
-                   progress: Progress) -> None:
+    def _fill_text(
+        self, name: str, store: Store, texts: list[str], device: torch.device, batch_size: int, progress: Progress
+    ) -> None:
         progress(f"loading text encoder {name}", 0, len(texts))
         encoder = self._family.load_text_encoder(name, device)
         for start in range(0, len(texts), batch_size):
@@ -178,9 +196,11 @@ class Cache:
             progress(f"encoding captions ({name})", start + len(group), len(texts))
 
 
-def _ahead(pool: ThreadPoolExecutor, groups: list[list[Sample]], bucket: Bucket
-           ) -> Iterator[tuple[list[Sample], list[torch.Tensor | UnreadableMedia]]]:
+def _ahead(
+    pool: ThreadPoolExecutor, groups: list[list[Sample]], bucket: Bucket
+) -> Iterator[tuple[list[Sample], list[torch.Tensor | UnreadableMedia]]]:
     """The pictures of each group, read while the group before is encoded."""
+
     def read(group: list[Sample]) -> list[torch.Tensor | UnreadableMedia]:
         return [_read(sample.path, bucket) for sample in group]
 

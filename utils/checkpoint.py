@@ -54,8 +54,10 @@ class Trained:
         """
         for name, parameter in self.parameters.items():
             if name not in weights or weights[name].shape != parameter.shape:
-                raise SettingsError(f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
-                                    "resume with the model and adapter settings that it was made with")
+                raise SettingsError(
+                    f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
+                    "resume with the model and adapter settings that it was made with"
+                )
             parameter.data.copy_(weights[name])
         whole = self.optimizer.state_dict()
         whole["state"] = {n: state[name] for n, name in enumerate(self._order) if name in state}
@@ -64,8 +66,17 @@ class Trained:
         self.optimizer.load_state_dict(whole)
 
 
-def save_checkpoint(run: RunFolder, step: int, stage: int, is_writer: bool, is_main: bool, trained: Trained,
-                    progress: Mapping[str, Any], barrier: Callable[[], None], keep: int) -> Path:
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    stage: int,
+    is_writer: bool,
+    is_main: bool,
+    trained: Trained,
+    progress: Mapping[str, Any],
+    barrier: Callable[[], None],
+    keep: int,
+) -> Path:
     """Writes ``global_step<step>``; every process calls it, the first data-parallel rank of a stage writes.
 
     Args:
@@ -107,9 +118,13 @@ def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     try:
         progress = json.loads((folder / "progress.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"resume_from_checkpoint: '{folder}' is no complete checkpoint of this trainer ({error})") from None
+        raise SettingsError(
+            f"resume_from_checkpoint: '{folder}' is no complete checkpoint of this trainer ({error})"
+        ) from None
     if progress.get("format") != FORMAT:
-        raise SettingsError(f"resume_from_checkpoint: '{folder}' has format {progress.get('format')}, this version reads {FORMAT}")
+        raise SettingsError(
+            f"resume_from_checkpoint: '{folder}' has format {progress.get('format')}, this version reads {FORMAT}"
+        )
     weights: dict[str, torch.Tensor] = {}
     state: dict[str, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -133,12 +148,19 @@ def newest_checkpoint(run: RunFolder) -> Path:
         return run.path / run.latest.read_text().strip()
     found = run.checkpoints()
     if not found:
-        raise SettingsError(f"resume_from_checkpoint: '{run.path}' has no checkpoint; start a new run, or choose another")
+        raise SettingsError(
+            f"resume_from_checkpoint: '{run.path}' has no checkpoint; start a new run, or choose another"
+        )
     return found[-1]
 
 
-def export_adapter(target: Path, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str], config: Mapping[str, Any],
-                   copies: list[Path]) -> None:
+def export_adapter(
+    target: Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    config: Mapping[str, Any],
+    copies: list[Path],
+) -> None:
     """Writes an adapter folder: ``adapter_model.safetensors``, ``adapter_config.json`` and ``copies``."""
     draft = target.with_name(f".{target.name}.part")
     shutil.rmtree(draft, ignore_errors=True)

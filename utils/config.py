@@ -127,21 +127,33 @@ def _message(problem: dict[str, Any], keys: list[str], owner: type[BaseModel] | 
     if kind == "extra_forbidden":
         names = list(owner.model_fields) if owner else []
         near = difflib.get_close_matches(keys[-1], names, 1, 0.6)
-        return f"unknown option; did you mean '{near[0]}'?" if near else f"unknown option; known are {', '.join(sorted(names))}"
+        return (
+            f"unknown option; did you mean '{near[0]}'?"
+            if near
+            else f"unknown option; known are {', '.join(sorted(names))}"
+        )
     if kind == "missing":
         return "required, but not given"
-    bounds = {"greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "more than"),
-              "less_than_equal": ("le", "at most"), "less_than": ("lt", "less than")}
+    bounds = {
+        "greater_than_equal": ("ge", "at least"),
+        "greater_than": ("gt", "more than"),
+        "less_than_equal": ("le", "at most"),
+        "less_than": ("lt", "less than"),
+    }
     if kind in bounds:
         key, words = bounds[kind]
         return f"must be {words} {context[key]}, got {value}"
     if kind == "literal_error":
-        near = difflib.get_close_matches(str(value), context["expected"].replace("'", "").replace(" or ", ", ").split(", "), 1)
+        near = difflib.get_close_matches(
+            str(value), context["expected"].replace("'", "").replace(" or ", ", ").split(", "), 1
+        )
         return f"must be {context['expected']}, got {value!r}" + (f"; did you mean '{near[0]}'?" if near else "")
     if kind == "union_tag_invalid":
         known = context["expected_tags"]
         near = difflib.get_close_matches(str(context["tag"]), known.replace("'", "").split(", "), 1)
-        return f"type '{context['tag']}' is unknown; known are {known}" + (f"; did you mean '{near[0]}'?" if near else "")
+        return f"type '{context['tag']}' is unknown; known are {known}" + (
+            f"; did you mean '{near[0]}'?" if near else ""
+        )
     if kind == "union_tag_not_found":
         return "needs a 'type'"
     if kind == "value_error":

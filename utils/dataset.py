@@ -55,8 +55,13 @@ class Report:
 
     def log(self) -> None:
         """Says it in the log."""
-        logger.info("dataset: %d pictures, %d samples, %d without caption, %d enlarged",
-                    self.pictures, self.samples, self.without_caption, self.upscaled)
+        logger.info(
+            "dataset: %d pictures, %d samples, %d without caption, %d enlarged",
+            self.pictures,
+            self.samples,
+            self.without_caption,
+            self.upscaled,
+        )
         for bucket, count in sorted(self.buckets.items()):
             logger.info("  bucket %s: %d", bucket, count)
         for path, reason in self.left_out.items():
@@ -70,8 +75,10 @@ class MediaIndex:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("CREATE TABLE IF NOT EXISTS media (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, "
-                         "digest TEXT, width INTEGER, height INTEGER, problem TEXT)")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS media (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, "
+            "digest TEXT, width INTEGER, height INTEGER, problem TEXT)"
+        )
 
     def lookup(self, paths: Iterable[Path]) -> Iterator[tuple[Path, str, int, int, str | None]]:
         """Digest, width, height and problem (None: readable) of each file, reading the new and changed ones."""
@@ -120,22 +127,32 @@ def scan(settings: DatasetSettings, index: MediaIndex, size_multiple: int) -> tu
     if not samples:
         folders = ", ".join(f"'{directory.path}'" for directory in settings.directory)
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(report.left_out.items())[:10])
-        raise SettingsError(f"dataset: no usable picture in {folders}; put pictures (png, jpg, webp ...) there, "
-                            f"captions beside them as .txt{reasons}")
+        raise SettingsError(
+            f"dataset: no usable picture in {folders}; put pictures (png, jpg, webp ...) there, "
+            f"captions beside them as .txt{reasons}"
+        )
     report.samples = len(samples)
     report.buckets = {str(bucket): count for bucket, count in Counter(s.bucket for s in samples).items()}
     return samples, report
 
 
-def _scan_directory(settings: DatasetSettings, directory: Directory, option_path: str, index: MediaIndex,
-                    size_multiple: int, report: Report) -> Iterator[Sample]:
+def _scan_directory(
+    settings: DatasetSettings,
+    directory: Directory,
+    option_path: str,
+    index: MediaIndex,
+    size_multiple: int,
+    report: Report,
+) -> Iterator[Sample]:
     folder = Path(directory.path).expanduser()
     if not folder.is_dir():
         raise SettingsError(f"{option_path}: '{folder}' is not a folder; give the folder that holds the pictures")
     prefix = settings.caption_prefix if directory.caption_prefix is None else directory.caption_prefix
     repeats = settings.num_repeats if "num_repeats" not in directory.model_fields_set else directory.num_repeats
     ratios = aspect_ratios(settings, directory)
-    pictures = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=lambda p: p.name)
+    pictures = sorted(
+        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=lambda p: p.name
+    )
     for path, digest, width, height, problem in index.lookup(pictures):
         shown = _printable(path)
         if problem:

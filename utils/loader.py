@@ -19,7 +19,9 @@ AHEAD = 3
 class Loader:
     """The micro-batches of one data-parallel rank."""
 
-    def __init__(self, cache: Cache, family: Family, seed: int, micro_batch: int, num_micro_batches: int, rank: int) -> None:
+    def __init__(
+        self, cache: Cache, family: Family, seed: int, micro_batch: int, num_micro_batches: int, rank: int
+    ) -> None:
         self._cache, self._family, self._seed = cache, family, seed
         self._micro_batch, self._num_micro_batches, self._rank = micro_batch, num_micro_batches, rank
 
@@ -52,7 +54,9 @@ class Loader:
         sample = self._cache.samples[draw.sample]
         value = self._cache.load(sample)
         if value is None:
-            raise FileNotFoundError(f"the cached encoding of {sample.path} is missing or damaged; start again to make it anew")
+            raise FileNotFoundError(
+                f"the cached encoding of {sample.path} is missing or damaged; start again to make it anew"
+            )
         media, text = value
         source = generator("noise", self._seed, epoch, sample.key, draw.repeat)
         noise = torch.randn(media["latents"].shape, generator=source)

@@ -15,7 +15,19 @@ Image.MAX_IMAGE_PIXELS = 300_000_000
 """Larger pictures are refused: nobody trains on them, and a few bytes can claim to be one."""
 
 # Pillow's name -> what it means for a user
-SUFFIXES = frozenset(Image.registered_extensions()) - {".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"}
+SUFFIXES = frozenset(Image.registered_extensions()) - {
+    ".pdf",
+    ".ps",
+    ".eps",
+    ".mpg",
+    ".mpeg",
+    ".h5",
+    ".hdf",
+    ".grib",
+    ".bufr",
+    ".wmf",
+    ".emf",
+}
 
 
 class UnreadableMedia(Exception):
@@ -58,7 +70,11 @@ def _open(path: Path) -> Image.Image:
     except Image.DecompressionBombError:
         raise UnreadableMedia(f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
     except (OSError, SyntaxError, ValueError) as error:
-        reason = "empty file" if path.exists() and path.stat().st_size == 0 else str(error).split(" '")[0] or type(error).__name__
+        reason = (
+            "empty file"
+            if path.exists() and path.stat().st_size == 0
+            else str(error).split(" '")[0] or type(error).__name__
+        )
         raise UnreadableMedia(f"not a readable picture: {reason}") from None
     return image
 

@@ -29,7 +29,9 @@ class Curves:
     def __enter__(self) -> Curves:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._writer:
             self._writer.close()
 
@@ -42,6 +44,7 @@ class Gpu:
         self._handle = None
         if device.type == "cuda":
             import pynvml
+
             try:
                 pynvml.nvmlInit()
                 uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
@@ -56,6 +59,7 @@ class Gpu:
         values = {"gpu_memory_gib": torch.cuda.max_memory_allocated(self._device) / 2**30}
         if self._handle is not None:
             import pynvml
+
             values["gpu_utilisation"] = float(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
         return values
 

@@ -25,11 +25,31 @@ class Automagic(torch.optim.Optimizer):
         eps: Added to the squared gradient.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-6, min_lr: float = 1e-7, max_lr: float = 1e-3,
-                 lr_bump: float = 1e-6, beta2: float = 0.999, clip_threshold: float = 1.0, eps: float = 1e-30,
-                 weight_decay: float = 0.0) -> None:
-        super().__init__(params, dict(lr=lr, min_lr=min_lr, max_lr=max_lr, lr_bump=lr_bump, beta2=beta2,
-                                      clip_threshold=clip_threshold, eps=eps, weight_decay=weight_decay))
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-6,
+        min_lr: float = 1e-7,
+        max_lr: float = 1e-3,
+        lr_bump: float = 1e-6,
+        beta2: float = 0.999,
+        clip_threshold: float = 1.0,
+        eps: float = 1e-30,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "min_lr": min_lr,
+                "max_lr": max_lr,
+                "lr_bump": lr_bump,
+                "beta2": beta2,
+                "clip_threshold": clip_threshold,
+                "eps": eps,
+                "weight_decay": weight_decay,
+            },
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -50,7 +70,9 @@ class Automagic(torch.optim.Optimizer):
         falling = step > 0
         if state["step"] > 1:
             kept = falling == state["falling"]
-            state["rates"].add_(torch.where(kept, group["lr_bump"], -group["lr_bump"])).clamp_(group["min_lr"], group["max_lr"])
+            state["rates"].add_(torch.where(kept, group["lr_bump"], -group["lr_bump"])).clamp_(
+                group["min_lr"], group["max_lr"]
+            )
         state["falling"] = falling
         weight.mul_(1 - state["rates"] * group["weight_decay"]).sub_(state["rates"] * step)
 
@@ -67,7 +89,9 @@ class Automagic(torch.optim.Optimizer):
         return row_part * state["columns"].rsqrt().unsqueeze(-2)
 
 
-def build_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    settings: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
     """The optimizer that ``[optimizer]`` asks for.
 
     Raises:
@@ -87,7 +111,10 @@ def build_optimizer(settings: Optimizer, parameters: Iterable[nn.Parameter], dev
     if settings.type.lower() == "adafactor" and settings.lr is not None:
         arguments = {"relative_step": False, "scale_parameter": False} | arguments
     plain = list(parameters)
-    groups = [{"params": [p for p in plain if p.ndim > 1]}, {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in plain if p.ndim > 1]},
+        {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     return kind([group for group in groups if group["params"]], **arguments)
 
 
@@ -105,21 +132,30 @@ def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimi
             return Automagic
         case "adamw_optimi":
             import optimi
+
             return optimi.AdamW
         case "stableadamw":
             import optimi
+
             return optimi.StableAdamW
         case "adamw8bit" | "adamw8bitkahan":  # Kahan sums guard bfloat16 weights; those of an adapter are float32
             if device.type == "cpu":
                 raise SettingsError(f"optimizer.type: {name} needs a GPU; use adamw here")
             import bitsandbytes
+
             return bitsandbytes.optim.AdamW8bit
     import pytorch_optimizer
-    found = {key.lower(): value for key, value in vars(pytorch_optimizer).items()
-             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}.get(name.lower())
+
+    found = {
+        key.lower(): value
+        for key, value in vars(pytorch_optimizer).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }.get(name.lower())
     if found is None:
-        raise SettingsError(f"optimizer.type: '{name}' is unknown; use adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, "
-                            "Adafactor, Prodigy, automagic, sgd or the name of a class in pytorch_optimizer")
+        raise SettingsError(
+            f"optimizer.type: '{name}' is unknown; use adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, "
+            "Adafactor, Prodigy, automagic, sgd or the name of a class in pytorch_optimizer"
+        )
     return found
 
 

@@ -45,7 +45,16 @@ logger = logging.getLogger(__name__)
 
 HEADER = 256
 """Numbers in the message that announces tensors."""
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,13 @@ class World:
 
 def join_world() -> World:
     """Joins the processes that a launcher started (DeepSpeed's, torchrun), or makes a world of one."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     # quirk CPU; "import ... as" would find the torch that deepspeed.comm imports
@@ -96,7 +111,11 @@ def join_world() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # ranks share the cores instead of each starting a thread on all of them
-        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+        torch.set_num_threads(
+            max(
+                1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            )
+        )
     # Caching and loading may take an hour on one rank while the others wait.
     deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
@@ -126,8 +145,15 @@ class Link(nn.Module):
 class Chain(PipelineModule):
     """The links of this process's stage."""
 
-    def __init__(self, layers: Sequence[Layer], num_stages: int, bounds: Sequence[int],
-                 loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor], checkpointing: bool, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        num_stages: int,
+        bounds: Sequence[int],
+        loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
+        checkpointing: bool,
+        compiled: bool = False,
+    ) -> None:
         self._bounds = list(bounds)
         self._checkpointing = checkpointing
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
@@ -161,7 +187,9 @@ def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequ
         SettingsError: The method is unknown or the split does not fit the layers.
     """
     if num_stages > len(layers):
-        raise SettingsError(f"pipeline_stages: this model has {len(layers)} layers, so at most that many stages, got {num_stages}")
+        raise SettingsError(
+            f"pipeline_stages: this model has {len(layers)} layers, so at most that many stages, got {num_stages}"
+        )
     if method == "manual":
         bounds = [0, *(split or []), len(layers)]
         if bounds != sorted(set(bounds)):
@@ -220,7 +248,9 @@ class Engine(PipelineEngine):
             if self.loss.requires_grad:
                 (self.loss / self.micro_batches).backward()
             return
-        pairs = [(t, g) for t, g in zip(self._with_grad(buffer_id), self.grad_layer or [], strict=True) if g is not None]
+        pairs = [
+            (t, g) for t, g in zip(self._with_grad(buffer_id), self.grad_layer or [], strict=True) if g is not None
+        ]
         self.pipe_buffers["outputs"][buffer_id] = None
         if pairs:
             torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
@@ -295,8 +325,15 @@ class Engine(PipelineEngine):
     }
 
 
-def build_engine(chain: Chain, optimizer: torch.optim.Optimizer, world: World, *, micro_batch: int,
-                 num_micro_batches: int, max_norm: float) -> Engine:
+def build_engine(
+    chain: Chain,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    micro_batch: int,
+    num_micro_batches: int,
+    max_norm: float,
+) -> Engine:
     """The engine that trains ``chain`` with ``optimizer`` (of this stage's parameters)."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -306,13 +343,22 @@ def build_engine(chain: Chain, optimizer: torch.optim.Optimizer, world: World, *
     }
     mpu = chain.mpu()
     with contextlib.redirect_stdout(io.StringIO()):
-        engine = Engine(args=None, model=chain, optimizer=optimizer, mpu=mpu, config=config,
-                        config_class=DeepSpeedConfig(config, mpu), dont_change_device=True)
+        engine = Engine(
+            args=None,
+            model=chain,
+            optimizer=optimizer,
+            mpu=mpu,
+            config=config,
+            config_class=DeepSpeedConfig(config, mpu),
+            dont_change_device=True,
+        )
     engine.control, engine.max_norm = world.control, max_norm
     return engine
 
 
-def as_micro_batches(batches: Sequence[Batch]) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
+def as_micro_batches(
+    batches: Sequence[Batch],
+) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
     """Batches in the form that the engine reads."""
     for batch in batches:
         yield batch.inputs, (batch.target, batch.weight)

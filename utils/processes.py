@@ -158,8 +158,10 @@ def end(find: Callable[[], list[psutil.Process]], patience: float) -> None:
         deadline = time.monotonic() + KILL_TIMEOUT
         while left := find():
             if time.monotonic() > deadline:
-                raise ProcessError(f"processes {', '.join(str(p.pid) for p in left)} cannot be ended, they hang inside "
-                                   "the system; restart the computer if they hold GPU memory")
+                raise ProcessError(
+                    f"processes {', '.join(str(p.pid) for p in left)} cannot be ended, they hang inside "
+                    "the system; restart the computer if they hold GPU memory"
+                )
             _signal(left, psutil.Process.kill)
             time.sleep(0.05)
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from ..models import families
 from ..models.base import Family, ModelConfig
@@ -24,32 +24,51 @@ class Lora(Table):
     """Low-rank adapter. Leave the table out to train all weights."""
 
     type: Literal["lora"] = "lora"
-    rank: int = option(32, "Rank of the update: higher learns more detail and makes a larger file.", ge=1, le=1024, step=1)
+    rank: int = option(
+        32, "Rank of the update: higher learns more detail and makes a larger file.", ge=1, le=1024, step=1
+    )
     alpha: float | None = option(
-        None, "The update is scaled by alpha / rank. Left out: equal to rank, that is no scaling.", gt=0, step=0.5, ui_max=1024)
+        None,
+        "The update is scaled by alpha / rank. Left out: equal to rank, that is no scaling.",
+        gt=0,
+        step=0.5,
+        ui_max=1024,
+    )
     dropout: float = option(0.0, "Share of the adapter's inputs that is dropped while training.", ge=0, lt=1, step=0.01)
     dtype: Dtype | None = option(
-        None, "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype.")
+        None, "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype."
+    )
     target_modules: list[str] | None = option(
-        None, "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj. "
-        "Left out: every linear layer of the blocks.", multiline=True)
+        None,
+        "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj. "
+        "Left out: every linear layer of the blocks.",
+        multiline=True,
+    )
     exclude_modules: list[str] | None = option(
-        None, "Modules that get no adapter although they are targets, by the end of their name.", advanced=True)
+        None, "Modules that get no adapter although they are targets, by the end of their name.", advanced=True
+    )
     init_from_existing: str | None = option(
-        None, "A LoRA to start from: a .safetensors file or a folder that holds one.", picker="loras")
+        None, "A LoRA to start from: a .safetensors file or a folder that holds one.", picker="loras"
+    )
 
 
 class Optimizer(Table):
     """Which optimizer, and its arguments; what is left out is the optimizer's own default."""
 
-    type: str = option(..., "adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, Adafactor, Prodigy, automagic, "
-                       "sgd, or the name of any class in pytorch_optimizer.")
-    lr: float | None = option(None, "Learning rate. Prodigy finds its own and wants 1.0 here; automagic ignores it.",
-                              ge=0, le=10, step=1e-8)
+    type: str = option(
+        ...,
+        "adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, Adafactor, Prodigy, automagic, "
+        "sgd, or the name of any class in pytorch_optimizer.",
+    )
+    lr: float | None = option(
+        None, "Learning rate. Prodigy finds its own and wants 1.0 here; automagic ignores it.", ge=0, le=10, step=1e-8
+    )
     betas: list[float] | None = option(None, "Decay of the running averages of gradient and squared gradient.")
     weight_decay: float | None = option(None, "Pull of the weights towards zero.", ge=0, step=0.001)
-    eps: float | None = option(None, "Guards the division by the root of the squared gradient.", gt=0, step=1e-12, advanced=True)
-    model_config = {**Table.model_config, "extra": "allow"}
+    eps: float | None = option(
+        None, "Guards the division by the root of the squared gradient.", gt=0, step=1e-12, advanced=True
+    )
+    model_config = ConfigDict(extra="allow")
 
     @field_validator("betas")
     @classmethod
@@ -74,81 +93,144 @@ class TrainSettings(Table):
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
-    max_steps: int | None = option(None, "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.", ge=1, step=1)
+    max_steps: int | None = option(
+        None, "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.", ge=1, step=1
+    )
     micro_batch_size_per_gpu: int = option(1, "Pictures that one GPU works on at once.", ge=1, step=1, ui_max=1024)
     gradient_accumulation_steps: int = option(
-        1, "Micro-batches that make up one optimizer step; also what fills the pipeline with several stages.",
-        ge=1, step=1, ui_max=1024)
+        1,
+        "Micro-batches that make up one optimizer step; also what fills the pipeline with several stages.",
+        ge=1,
+        step=1,
+        ui_max=1024,
+    )
     gradient_clipping: float = option(
-        1.0, "Largest length of the gradient; longer ones are shortened to it. 0 switches clipping off.", ge=0, step=0.1)
-    seed: int = option(0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1)
+        1.0, "Largest length of the gradient; longer ones are shortened to it. 0 switches clipping off.", ge=0, step=0.1
+    )
+    seed: int = option(
+        0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1
+    )
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0.")
+        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0."
+    )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
     force_constant_lr: float | None = option(
-        None, "Use exactly this learning rate everywhere, also when resuming. Left out: the optimizer's lr and lr_scheduler.", gt=0, step=1e-8, advanced=True)
+        None,
+        "Use exactly this learning rate everywhere, also when resuming. Left out: the optimizer's lr and lr_scheduler.",
+        gt=0,
+        step=1e-8,
+        advanced=True,
+    )
 
     number_of_gpus: int = option(
-        1, "Processes, one per GPU. From the command line the launcher's --num_gpus counts instead.", ge=1, step=1, ui_max=1024)
+        1,
+        "Processes, one per GPU. From the command line the launcher's --num_gpus counts instead.",
+        ge=1,
+        step=1,
+        ui_max=1024,
+    )
     pipeline_stages: int = option(1, "Into how many parts the model is cut, one GPU each.", ge=1, step=1, ui_max=64)
     partition_method: str = option(
-        "parameters", "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
-        "type:NAME (equal count of layers whose name matches), or manual.", advanced=True)
+        "parameters",
+        "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
+        "type:NAME (equal count of layers whose name matches), or manual.",
+        advanced=True,
+    )
     partition_split: list[int] | None = option(
-        None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True)
+        None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True
+    )
     activation_checkpointing: bool | Literal["unsloth"] = option(
-        True, "Recompute each block in the backward pass instead of keeping its activations: much less memory, a third more time.")
-    reentrant_activation_checkpointing: bool = option(False, "Accepted from older files; checkpointing always takes the newer form, whose results are the same.", advanced=True)
+        True,
+        "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more time.",
+    )
+    reentrant_activation_checkpointing: bool = option(
+        False,
+        "Accepted from older files; checkpointing always takes the newer form, whose results are the same.",
+        advanced=True,
+    )
     blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
     compile: bool = option(
-        False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True)
+        False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True
+    )
     attention_backend: Literal["auto", "native", "cudnn"] = option(
-        "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True)
+        "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True
+    )
 
-    save_every_n_epochs: int | None = option(None, "Export the adapter or model after every so many epochs. Left out: not by epochs.", ge=1, step=1)
-    save_every_n_steps: int | None = option(None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1)
+    save_every_n_epochs: int | None = option(
+        None, "Export the adapter or model after every so many epochs. Left out: not by epochs.", ge=1, step=1
+    )
+    save_every_n_steps: int | None = option(
+        None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1
+    )
     save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
     checkpoint_every_n_epochs: int | None = option(
-        None, "Write a checkpoint, from which training can go on, after every so many epochs. Left out: not by epochs.", ge=1, step=1)
-    checkpoint_every_n_minutes: int | None = option(None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1)
+        None,
+        "Write a checkpoint, from which training can go on, after every so many epochs. Left out: not by epochs.",
+        ge=1,
+        step=1,
+    )
+    checkpoint_every_n_minutes: int | None = option(
+        None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1
+    )
     checkpoints_to_keep: int = option(2, "Older checkpoints are removed.", ge=1, step=1, ui_max=1000, advanced=True)
     resume_from_checkpoint: bool | str = option(
-        False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True)
+        False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True
+    )
 
-    caching_batch_size: int = option(1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024)
-    cache_dir: str | None = option(None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True)
-    map_num_proc: int | None = option(None, "Processes that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True)
+    caching_batch_size: int = option(
+        1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024
+    )
+    cache_dir: str | None = option(
+        None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
+    )
+    map_num_proc: int | None = option(
+        None, "Processes that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+    )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
-        "none", "Which part of a video that is longer than its frame bucket is trained.")
+        "none", "Which part of a video that is longer than its frame bucket is trained."
+    )
 
     eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
-    eval_every_n_epochs: int | None = option(None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1)
-    eval_every_n_steps: int | None = option(None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1)
+    eval_every_n_epochs: int | None = option(
+        None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1
+    )
+    eval_every_n_steps: int | None = option(
+        None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1
+    )
     eval_before_first_step: bool = option(True, "Measure it also before training begins.")
-    eval_micro_batch_size_per_gpu: int | None = option(None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1)
+    eval_micro_batch_size_per_gpu: int | None = option(
+        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1
+    )
     eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
 
     steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
-    logging_steps: int = option(1, "Steps between two points of the curves.", ge=1, step=1, ui_max=100000, advanced=True)
+    logging_steps: int = option(
+        1, "Steps between two points of the curves.", ge=1, step=1, ui_max=100000, advanced=True
+    )
     x_axis_examples: bool = option(False, "Curves over pictures seen instead of steps.", advanced=True)
-    pseudo_huber_c: float | None = option(None, "Use the pseudo-Huber loss with this c. Left out: the mean squared error.", gt=0, step=0.01, advanced=True)
+    pseudo_huber_c: float | None = option(
+        None, "Use the pseudo-Huber loss with this c. Left out: the mean squared error.", gt=0, step=0.01, advanced=True
+    )
 
     model: Any
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
 
-
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         problems = list(_unavailable(self))
         if self.partition_method == "manual" and len(self.partition_split or []) != self.pipeline_stages - 1:
-            problems.append(f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
-                            f"pipeline_stages, got {self.partition_split}")
+            problems.append(
+                f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
+                f"pipeline_stages, got {self.partition_split}"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
-            problems.append(f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'")
+            problems.append(
+                f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -158,8 +240,10 @@ def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
     if settings.blocks_to_swap:
-        found.append("blocks_to_swap: blocks cannot be swapped yet; set 0 and use activation_checkpointing, a smaller "
-                     "picture size or transformer_dtype = 'float8' to save memory")
+        found.append(
+            "blocks_to_swap: blocks cannot be swapped yet; set 0 and use activation_checkpointing, a smaller "
+            "picture size or transformer_dtype = 'float8' to save memory"
+        )
     if settings.activation_checkpointing == "unsloth":
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
@@ -191,18 +275,25 @@ class DatasetSettings(Table):
     """The top level of ``dataset.toml``: defaults for all folders, then the folders."""
 
     resolutions: list[int | list[int]] = option(
-        [512], "Sizes to train at: 512 means as many pixels as 512x512, [1280, 720] as many as that. "
-        "Every picture is trained at each of them.")
+        [512],
+        "Sizes to train at: 512 means as many pixels as 512x512, [1280, 720] as many as that. "
+        "Every picture is trained at each of them.",
+    )
     enable_ar_bucket: bool = option(True, "Keep pictures' shapes, sorted into buckets; off crops all to squares.")
     min_ar: float = option(0.5, "Narrowest bucket: width / height.", gt=0, le=100, step=0.1)
     max_ar: float = option(2.0, "Widest bucket: width / height.", gt=0, le=100, step=0.1)
-    num_ar_buckets: int = option(7, "Number of buckets between the two, evenly spaced on a logarithmic scale.", ge=1, le=1000, step=1)
+    num_ar_buckets: int = option(
+        7, "Number of buckets between the two, evenly spaced on a logarithmic scale.", ge=1, le=1000, step=1
+    )
     ar_buckets: list[float | list[int]] | None = option(
-        None, "The buckets themselves, as ratios or [width, height] pairs, instead of range and number.")
+        None, "The buckets themselves, as ratios or [width, height] pairs, instead of range and number."
+    )
     frame_buckets: list[int] = option([1], "Lengths that videos are cut to, in frames; 1 is for pictures.")
     num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
     caption_prefix: str = option("", "Put before every caption.")
-    skip_empty_caption: bool = option(False, "Leave out pictures without a caption instead of training them with an empty one.")
+    skip_empty_caption: bool = option(
+        False, "Leave out pictures without a caption instead of training them with an empty one."
+    )
     directory: list[Directory] = option(..., "The folders, one [[directory]] each.", min_length=1)
 
     @field_validator("resolutions")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -56,8 +54,9 @@ class Position:
 class Trainer:
     """One training run; every process of it makes one and calls `run`."""
 
-    def __init__(self, settings: TrainSettings, dataset: DatasetSettings, world: World, folder: RunFolder,
-                 resume: bool = False) -> None:
+    def __init__(
+        self, settings: TrainSettings, dataset: DatasetSettings, world: World, folder: RunFolder, resume: bool = False
+    ) -> None:
         self.settings, self.dataset, self.world, self.folder = settings, dataset, world, folder
         self._resume = resume
         self.family = family_of(settings)
@@ -69,8 +68,10 @@ class Trainer:
     def _checks_stages(self) -> None:
         stages = self.settings.pipeline_stages
         if self.world.size % stages:
-            raise SettingsError(f"pipeline_stages: {stages} does not divide the {self.world.size} processes of this run; "
-                                f"start with a multiple of {stages} (--num_gpus)")
+            raise SettingsError(
+                f"pipeline_stages: {stages} does not divide the {self.world.size} processes of this run; "
+                f"start with a multiple of {stages} (--num_gpus)"
+            )
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -107,12 +108,22 @@ class Trainer:
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
             logger.info("resumed after step %d", position.step)
-        loader = Loader(cache, self.family, s.seed, s.micro_batch_size_per_gpu, s.gradient_accumulation_steps,
-                        engine.grid.get_data_parallel_rank())
+        loader = Loader(
+            cache,
+            self.family,
+            s.seed,
+            s.micro_batch_size_per_gpu,
+            s.gradient_accumulation_steps,
+            engine.grid.get_data_parallel_rank(),
+        )
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self._say(state="training", phase="", total_steps=total, step=position.step, epoch=position.epoch)
-        with Curves(self.folder.path if self.world.rank == 0 else None, s.x_axis_examples, global_batch,
-                    position.step if self._resume else None) as curves:
+        with Curves(
+            self.folder.path if self.world.rank == 0 else None,
+            s.x_axis_examples,
+            global_batch,
+            position.step if self._resume else None,
+        ) as curves:
             self._loop(engine, trained, sampler, loader, position, total, curves, len(cache.samples))
 
     def _prepare_data(self) -> Cache:
@@ -126,21 +137,31 @@ class Trainer:
                 samples, report = scan(self.dataset, index, self.family.size_multiple)
                 index.close()
                 report.log()
-                write_whole(self.folder.path / "dataset_report.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
+                write_whole(
+                    self.folder.path / "dataset_report.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+                )
                 found = samples
             except (SettingsError, OSError) as error:
                 found = error
         samples = self.world.share(found)
         cache = Cache(folder, self.family, samples)
-        failed = cache.fill(self.world.device, s.caching_batch_size, self._on_progress, self.world.rank, self.world.size,
-                            self.world.barrier)
+        failed = cache.fill(
+            self.world.device,
+            s.caching_batch_size,
+            self._on_progress,
+            self.world.rank,
+            self.world.size,
+            self.world.barrier,
+        )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
         if unreadable:
             for path, reason in unreadable.items():
                 logger.warning("left out: %s: %s", path, reason)
             cache.samples = [sample for sample in cache.samples if sample.path not in unreadable]
             if not cache.samples:
-                raise SettingsError("dataset: no picture could be decoded: " + "; ".join(f"{p}: {r}" for p, r in unreadable.items()))
+                raise SettingsError(
+                    "dataset: no picture could be decoded: " + "; ".join(f"{p}: {r}" for p, r in unreadable.items())
+                )
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
         return cache
@@ -159,7 +180,9 @@ class Trainer:
         layers = self.family.layers(denoiser)
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
-        chain = Chain(layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing), s.compile)
+        chain = Chain(
+            layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing), s.compile
+        )
         del denoiser, layers
         parameters = [p for p in chain.parameters() if p.requires_grad]
         if not parameters:  # DeepSpeed wants an optimizer on every stage
@@ -167,13 +190,27 @@ class Trainer:
         optimizer = build_optimizer(s.optimizer, parameters, self.world.device)
         for group in optimizer.param_groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
-        engine = build_engine(chain, optimizer, self.world, micro_batch=s.micro_batch_size_per_gpu,
-                              num_micro_batches=s.gradient_accumulation_steps, max_norm=s.gradient_clipping)
+        engine = build_engine(
+            chain,
+            optimizer,
+            self.world,
+            micro_batch=s.micro_batch_size_per_gpu,
+            num_micro_batches=s.gradient_accumulation_steps,
+            max_norm=s.gradient_clipping,
+        )
         return engine, Trained(names, chain, optimizer)
 
-    def _loop(self, engine: Engine, trained: Trained, sampler: Sampler, loader: Loader, position: Position, total: int,
-              curves: Curves, num_samples: int) -> None:
-        s = self.settings
+    def _loop(
+        self,
+        engine: Engine,
+        trained: Trained,
+        sampler: Sampler,
+        loader: Loader,
+        position: Position,
+        total: int,
+        curves: Curves,
+        num_samples: int,
+    ) -> None:
         gpu = Gpu(self.world.device)
         last_checkpoint = time.monotonic()
         exported = saved = position.step
@@ -201,14 +238,28 @@ class Trainer:
                 if position.step >= total:
                     break
         if exported != position.step:
-            self._export(engine, trained, f"epoch{position.epoch}" if position.step_in_epoch == 0 else f"step{position.step}", position)
+            self._export(
+                engine,
+                trained,
+                f"epoch{position.epoch}" if position.step_in_epoch == 0 else f"step{position.step}",
+                position,
+            )
         if saved != position.step:
             self._checkpoint(engine, trained, position, num_samples)
         logger.info("finished after %d steps", position.step)
         self._say(state="finished", eta=0.0)
 
-    def _step(self, engine: Engine, trained: Trained, batches: list[Any], position: Position, total: int, curves: Curves,
-              gpu: Gpu, started: float) -> None:
+    def _step(
+        self,
+        engine: Engine,
+        trained: Trained,
+        batches: list[Any],
+        position: Position,
+        total: int,
+        curves: Curves,
+        gpu: Gpu,
+        started: float,
+    ) -> None:
         s = self.settings
         factor = learning_rate_factor(s, position.step, total)
         for group in trained.optimizer.param_groups:
@@ -217,26 +268,51 @@ class Trainer:
         torch.manual_seed(derive_seed("dropout", s.seed, position.step, stage, rank))
         loss = float(engine.train_batch(as_micro_batches(batches)))
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {position.step + 1}; lower the learning rate"
-                                     + ("" if s.model.dtype != "float16" else " or use dtype bfloat16"))
+            raise FloatingPointError(
+                f"the loss is {loss} at step {position.step + 1}; lower the learning rate"
+                + ("" if s.model.dtype != "float16" else " or use dtype bfloat16")
+            )
         position.step += 1
         position.step_in_epoch += 1
         position.epoch_loss += loss
         seconds = time.monotonic() - started
         global_batch = sum(len(batch.target) for batch in batches) * self.world.size // s.pipeline_stages
         if position.step % s.logging_steps == 0:
-            curves.add(position.step, loss=loss, lr=trained.optimizer.param_groups[0]["lr"], grad_norm=engine.last_grad_norm(),
-                       step_seconds=seconds, samples_per_second=global_batch / seconds, **gpu.values())
+            curves.add(
+                position.step,
+                loss=loss,
+                lr=trained.optimizer.param_groups[0]["lr"],
+                grad_norm=engine.last_grad_norm(),
+                step_seconds=seconds,
+                samples_per_second=global_batch / seconds,
+                **gpu.values(),
+            )
         self._report(position, total, loss, trained.optimizer.param_groups[0]["lr"], seconds, gpu)
 
     def _report(self, position: Position, total: int, loss: float, lr: float, seconds: float, gpu: Gpu) -> None:
         status = self.status
         smooth = seconds if status.seconds_per_step is None else 0.9 * status.seconds_per_step + 0.1 * seconds
         if position.step % self.settings.steps_per_print == 0:
-            logger.info("step %d/%d  epoch %d  loss %.4f  lr %.3g  %.2f s/step", position.step, total, position.epoch + 1, loss, lr, seconds)
-        self._say(now=position.step == total, step=position.step, epoch=position.epoch + 1, loss=loss,
-                  first_loss=loss if status.first_loss is None else status.first_loss, learning_rate=lr,
-                  seconds_per_step=smooth, eta=smooth * (total - position.step), gpu_memory=gpu.peak_memory())
+            logger.info(
+                "step %d/%d  epoch %d  loss %.4f  lr %.3g  %.2f s/step",
+                position.step,
+                total,
+                position.epoch + 1,
+                loss,
+                lr,
+                seconds,
+            )
+        self._say(
+            now=position.step == total,
+            step=position.step,
+            epoch=position.epoch + 1,
+            loss=loss,
+            first_loss=loss if status.first_loss is None else status.first_loss,
+            learning_rate=lr,
+            seconds_per_step=smooth,
+            eta=smooth * (total - position.step),
+            gpu_memory=gpu.peak_memory(),
+        )
 
     # -- stopping and saving ------------------------------------------------------------------------
 
@@ -285,8 +361,13 @@ class Trainer:
             assert isinstance(s.adapter, Lora)
             weights = {key: value for part in parts for key, value in part.items()}
             tensors = export_tensors(weights, self.family, s.adapter, getattr(torch, s.adapter.dtype or s.save_dtype))
-            export_adapter(self.folder.path / name, tensors, self._metadata(position), self._adapter_config(weights),
-                           [self.folder.train_toml, self.folder.dataset_toml])
+            export_adapter(
+                self.folder.path / name,
+                tensors,
+                self._metadata(position),
+                self._adapter_config(weights),
+                [self.folder.train_toml, self.folder.dataset_toml],
+            )
             path = str(self.folder.path / name)
             self.status.exports = [*(e for e in self.status.exports if e != path), path]
             logger.info("LoRA written to %s", path)
@@ -295,10 +376,25 @@ class Trainer:
 
     def _checkpoint(self, engine: Engine, trained: Trained, position: Position, num_samples: int) -> None:
         s = self.settings
-        progress = {"position": vars(position), "seed": s.seed, "num_samples": num_samples,
-                    "micro_batches": s.micro_batch_size_per_gpu * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)}
-        path = save_checkpoint(self.folder, position.step, engine.grid.get_stage_id(), engine.grid.get_data_parallel_rank() == 0,
-                               self.world.rank == 0, trained, progress, self.world.barrier, s.checkpoints_to_keep)
+        progress = {
+            "position": vars(position),
+            "seed": s.seed,
+            "num_samples": num_samples,
+            "micro_batches": s.micro_batch_size_per_gpu
+            * s.gradient_accumulation_steps
+            * (self.world.size // s.pipeline_stages),
+        }
+        path = save_checkpoint(
+            self.folder,
+            position.step,
+            engine.grid.get_stage_id(),
+            engine.grid.get_data_parallel_rank() == 0,
+            self.world.rank == 0,
+            trained,
+            progress,
+            self.world.barrier,
+            s.checkpoints_to_keep,
+        )
         self.status.checkpoint = str(path)
         logger.info("checkpoint written to %s", path)
         self._say(now=True)
@@ -306,16 +402,30 @@ class Trainer:
     def _metadata(self, position: Position) -> dict[str, str]:
         s = self.settings
         assert isinstance(s.adapter, Lora)
-        return {"format": "pt", "base_model": s.model.type, "network_alpha": str(alpha_of(s.adapter)), "rank": str(s.adapter.rank),
-                "steps": str(position.step), "epoch": str(position.epoch), "seed": str(s.seed),
-                "trained_with": "diffusion-trainer"}
+        return {
+            "format": "pt",
+            "base_model": s.model.type,
+            "network_alpha": str(alpha_of(s.adapter)),
+            "rank": str(s.adapter.rank),
+            "steps": str(position.step),
+            "epoch": str(position.epoch),
+            "seed": str(s.seed),
+            "trained_with": "diffusion-trainer",
+        }
 
     def _adapter_config(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         s = self.settings
         assert isinstance(s.adapter, Lora)
         modules = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
-        return {"peft_type": "LORA", "r": s.adapter.rank, "lora_alpha": alpha_of(s.adapter), "lora_dropout": s.adapter.dropout,
-                "bias": "none", "target_modules": modules, "base_model_type": s.model.type}
+        return {
+            "peft_type": "LORA",
+            "r": s.adapter.rank,
+            "lora_alpha": alpha_of(s.adapter),
+            "lora_dropout": s.adapter.dropout,
+            "bias": "none",
+            "target_modules": modules,
+            "base_model_type": s.model.type,
+        }
 
     # -- saying how it goes -------------------------------------------------------------------------
 
@@ -340,13 +450,19 @@ def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_sampl
     if progress["seed"] != settings.seed:
         raise SettingsError(f"seed: the checkpoint was made with {progress['seed']}; set that to resume")
     if progress["num_samples"] != num_samples:
-        logger.warning("the dataset has %d samples, the checkpoint saw %d: the rest of this epoch differs", num_samples, progress["num_samples"])
+        logger.warning(
+            "the dataset has %d samples, the checkpoint saw %d: the rest of this epoch differs",
+            num_samples,
+            progress["num_samples"],
+        )
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return ("out of GPU memory: use a smaller picture size or micro_batch_size_per_gpu, activation_checkpointing = true "
-                f"or transformer_dtype = 'float8' ({str(error).splitlines()[0]})")
+        return (
+            "out of GPU memory: use smaller pictures or micro_batch_size_per_gpu, activation_checkpointing = true "
+            f"or transformer_dtype = 'float8' ({str(error).splitlines()[0]})"
+        )
     if isinstance(error, OSError) and error.errno == 28:
         return f"no space left on the disk: {error.filename or ''}; make room and resume the run"
     return f"{error}" if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
