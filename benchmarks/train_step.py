@@ -137,10 +137,9 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
         trainer = make_trainer(arguments, changes, Path(folder))
         trainer.run()
     if arguments.profile:
-        print(
-            trainer.profiler.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=70),
-            file=sys.stderr,
-        )
+        rows = [row for row in trainer.profiler.key_averages() if row.self_device_time_total and "Step" not in row.key]
+        for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:60]:
+            print(f"{row.self_device_time_total / 2000:8.2f} ms {row.count // 2:5} x  {row.key[:90]}", file=sys.stderr)
     stamps = trainer.seconds
     warm = stamps[max(3, len(stamps) // 3) :]
     steps = sorted(b - a for a, b in itertools.pairwise(warm))

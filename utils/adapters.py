@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..models.base import Family
 from .config import SettingsError
+from .lora_linear import lora_linear
 from .randomness import generator
 from .settings import Lora
 
@@ -31,13 +32,14 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output with the update added; shapes as for ``nn.Linear``."""
-        base = self.base_layer(x)
-        scaling = self.scaling[NAME]
+        layer, scaling = self.base_layer, self.scaling[NAME]
+        down = self.lora_A[NAME].weight.to(x.dtype)
         up = self.lora_B[NAME].weight.to(x.dtype)
-        down = F.linear(self.lora_dropout[NAME](x), self.lora_A[NAME].weight.to(x.dtype))
-        # One multiplication adds the update to the output; scaling the small matrix costs next to nothing.
-        up = up if scaling == 1.0 else up * scaling
-        return torch.addmm(base.flatten(0, -2), down.flatten(0, -2), up.t()).view(base.shape)
+        up = up if scaling == 1.0 else up * scaling  # the small matrix instead of the large output
+        if self.training and isinstance(self.lora_dropout[NAME], nn.Dropout):
+            return layer(x) + F.linear(F.linear(self.lora_dropout[NAME](x), down), up)
+        output, _ = lora_linear(x.flatten(0, -2), layer.weight, layer.bias, down, up)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn.Module:

@@ -154,14 +154,17 @@ class Chain(PipelineModule):
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
         checkpointing: bool,
         compiled: bool = False,
+        memory_budget: float | None = None,
         random: bool = True,
     ) -> None:
         self._bounds = list(bounds)
-        self._checkpointing, self._random = checkpointing, random
+        self._random = random
+        self._checkpointing = checkpointing and memory_budget is None
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
         if compiled:  # alike blocks share one compilation
+            torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
             for link in self.forward_funcs:
                 if link.layer.is_block:
                     for module in link.children():

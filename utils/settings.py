@@ -154,6 +154,15 @@ class TrainSettings(Table):
     compile: bool = option(
         False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True
     )
+    activation_memory_budget: float | None = option(
+        None,
+        "With compile: share of a block's activations that is kept, between 0 and 1; the cheapest of the rest are "
+        "recomputed. Takes the place of activation_checkpointing.",
+        ge=0,
+        le=1,
+        step=0.05,
+        advanced=True,
+    )
     cuda_graphs: bool = option(
         True, "Replay each step as a CUDA graph where that is possible: one pipeline stage, no dropout.", advanced=True
     )

@@ -187,6 +187,7 @@ class Trainer:
             mean_squared_error,
             checkpointing=bool(s.activation_checkpointing),
             compiled=s.compile,
+            memory_budget=s.activation_memory_budget,
             random=s.adapter.dropout > 0,
         )
         del denoiser, layers
