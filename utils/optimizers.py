@@ -111,7 +111,7 @@ def build_optimizer(
     if settings.type.lower() == "adafactor" and settings.lr is not None:
         arguments = {"relative_step": False, "scale_parameter": False} | arguments
     plain = list(parameters)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in plain if p.ndim > 1]},
         {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
     ]

@@ -293,9 +293,10 @@ class Engine(PipelineEngine):
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         source = self.grid.stage_to_global(self.next_stage)
-        self.grad_layer = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
-        for grad in self.grad_layer:
+        grads = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
+        for grad in grads:
             dist.recv(grad, source)
+        self.grad_layer: list[torch.Tensor] | None = grads
 
     def clip_fp32_gradients(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""

@@ -309,7 +309,8 @@ class DatasetSettings(Table):
 
     @model_validator(mode="after")
     def _ordered(self) -> DatasetSettings:
-        for table in [self, *self.directory]:
+        tables: list[Directory | DatasetSettings] = [self, *self.directory]
+        for table in tables:
             low, high = table.min_ar or self.min_ar, table.max_ar or self.max_ar
             if low > high:
                 raise ValueError(f"min_ar: must not be above max_ar, got {low} and {high}")
