@@ -213,6 +213,7 @@ class Engine(PipelineEngine):
     control: Any = None
     max_norm: float = 0.0
     _norm: torch.Tensor
+    grad_layer: list[torch.Tensor] | None
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
@@ -296,7 +297,7 @@ class Engine(PipelineEngine):
         grads = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
         for grad in grads:
             dist.recv(grad, source)
-        self.grad_layer: list[torch.Tensor] | None = grads
+        self.grad_layer = grads
 
     def clip_fp32_gradients(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
