@@ -114,8 +114,12 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
             run_folder = _module("utils.run_folder").RunFolder(found)
             if arguments.run_dir is None:
                 trainer.prepare_folder(settings, dataset, run_folder)
-        except (_module("utils.config").SettingsError, OSError) as error:
+        except _module("utils.config").SettingsError as error:
             found = error
+        except OSError as error:
+            found = _module("utils.config").SettingsError(
+                f"output_dir: '{settings.output_dir}' cannot be written ({error.strerror}); choose another folder"
+            )
     folder = _module("utils.run_folder").RunFolder(world.share(found))
     if world.rank == 0 and arguments.run_dir is None:
         _log_to_file(folder.log)

@@ -250,7 +250,9 @@ class GeneralConfig(SettingsNode):
         """The tables of a train.toml without its ``dataset``, the folder of runs and the copy's path."""
         settings = self.read(values)
         if settings.get("blocks_to_swap") == EARLIER_BLOCKS_TO_SWAP:
-            logger.warning("blocks_to_swap: blocks cannot be swapped yet; training goes on without, and needs more memory")
+            logger.warning(
+                "blocks_to_swap: blocks cannot be swapped yet; training goes on without, and needs more memory"
+            )
             settings["blocks_to_swap"] = 0
         copy = settings.pop("config_save_path", "")
         settings["output_dir"] = output_folder(settings["output_dir"])

@@ -115,9 +115,10 @@ class ComfyUI:
 
     def queue(self, prompt: dict[str, Any]) -> "Job":
         """Queues a prompt that the server must accept."""
+        begin = len(self.events)
         status, answer = self.post("/prompt", {"prompt": prompt, "client_id": PACK})
         assert status == 200 and not answer["node_errors"], answer
-        return Job(self, answer["prompt_id"])
+        return Job(self, answer["prompt_id"], begin)
 
     def run_folders(self) -> list[Path]:
         """The trainings so far."""
@@ -157,12 +158,12 @@ class ComfyUI:
 class Job:
     """One queued prompt."""
 
-    def __init__(self, server: ComfyUI, prompt_id: str) -> None:
-        self._server, self.id = server, prompt_id
+    def __init__(self, server: ComfyUI, prompt_id: str, begin: int) -> None:
+        self._server, self.id, self._begin = server, prompt_id, begin
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        """What the websocket said, of one kind; texts carry no prompt."""
-        return [data for name, data in list(self._server.events)
+        """What the websocket said, of one kind; texts carry no prompt, so others' while this one waits count."""
+        return [data for name, data in self._server.events[self._begin :]
                 if name == kind and data.get("prompt_id", self.id) == self.id]  # fmt: skip
 
     def until(self, condition: Callable[[], Any], seconds: float = 180) -> None:

@@ -170,7 +170,7 @@ def test_a_bad_value_is_refused_by_name(server: ComfyUI, place: str, value: obje
 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
-    [("GeneralDatasetPathNode__input_path", "no_such_folder", "no_such_folder"),
+    [("GeneralDatasetPathNode__dataset_path", "no_such_folder", "no_such_folder"),
      ("FluxModelNode__diffusers_path", "no-such-flux", "model.diffusers_path"),
      ("AdapterConfigNode__target_modules", "no_such_layer", "adapter.target_modules")],
 )  # fmt: skip
@@ -185,7 +185,7 @@ def test_unreadable_pictures_fail_with_their_names(server: ComfyUI) -> None:
     pictures = server.base / "input" / "broken"
     pictures.mkdir()
     (pictures / "one.png").write_bytes(b"this is no picture")
-    job = server.queue(short(GeneralDatasetPathNode__input_path="broken"))
+    job = server.queue(short(GeneralDatasetPathNode__dataset_path="broken"))
     assert job.wait() == "error"
     assert "broken" in job.error()
     shutil.rmtree(pictures)

@@ -463,8 +463,8 @@ def _describe(error: BaseException) -> str:
             "out of GPU memory: use smaller pictures or micro_batch_size_per_gpu, activation_checkpointing = true "
             f"or transformer_dtype = 'float8' ({str(error).splitlines()[0]})"
         )
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk: {error.filename or ''}; make room and resume the run"
+    if "No space left on device" in str(error):  # safetensors and torch have errors of their own for it
+        return f"no space left on the disk; make room and resume the run ({error})"
     return f"{error}" if isinstance(error, SettingsError) else f"{type(error).__name__}: {error}"
 
 
