@@ -94,7 +94,7 @@ def test_example_trains(server: ComfyUI) -> None:
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     lora = f"{run.name}.safetensors"
     with safe_open(server.base / "output" / "loras" / lora, "pt") as file:
-        assert all(key.startswith("transformer.") or key.startswith("diffusion_model.") for key in file.keys())  # noqa: SIM118
+        assert all(key.startswith(("transformer.", "diffusion_model.")) for key in file.keys())  # noqa: SIM118
     assert lora in json.dumps(server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"])
     with urllib.request.urlopen(job.shown(URL) + "/data/plugin/scalars/tags", timeout=10) as answer:
         assert "train/loss" in answer.read().decode()
