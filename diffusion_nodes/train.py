@@ -248,7 +248,7 @@ def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None
     text = f"{outcome or 'running'}: step {status.step} of {status.total_steps}"
     if outcome and status.first_loss is not None and status.loss is not None:
         text += f", loss {status.first_loss:.3g} → {status.loss:.3g}"
-    comfy.progress_text(f"{text}\n{lora or run.path}", node_id)
+    comfy.progress_text(f"{text}\n{Path(lora or run.path).name}", node_id)  # a whole path does not fit the node
     return text, log_tail(run.folder.log, since=run.log_start), run.path, lora
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -51,14 +52,16 @@ def test_example_opens_with_its_values(server: ComfyUI, tmp_path: Path, flags: t
     workflow.write_text(json.dumps(document))
     seen = look(server, workflow, *flags)
     assert (seen["missing"], seen["errors"]) == ([], [])
+    numbers = {float(text) for text in seen["drawn"] if re.fullmatch(r"-?[\d.]*\d(e-?\d+)?", text)}
     wanted = to_prompt(document, node_classes())
     for node_id, node in wanted.items():
         shown = seen["widgets"][node_id]
         for name, value in node["inputs"].items():
             if not isinstance(value, list):
                 assert shown[name] == value, f"{node['class_type']}.{name}"
-    assert {"0.00001", "1e-5"} & set(seen["drawn"]), sorted(seen["drawn"])
-    assert "0.00" not in seen["drawn"]
+            if isinstance(value, float) and not flags:  # Nodes 2.0 folds advanced inputs away
+                assert value in numbers, f"{node['class_type']}.{name} is not shown as {value}"
+    assert 0.00001 in numbers
 
 
 def test_example_runs_from_the_page(server: ComfyUI, tmp_path: Path) -> None:
