@@ -121,7 +121,8 @@ def scan(settings: DatasetSettings, index: MediaIndex, size_multiple: int) -> tu
     Raises:
         SettingsError: A folder is missing or no usable picture is in any of them.
     """
-    report, samples = Report(), []
+    report = Report()
+    samples: list[Sample] = []
     for number, directory in enumerate(settings.directory):
         samples += _scan_directory(settings, directory, f"directory[{number}].path", index, size_multiple, report)
     if not samples:

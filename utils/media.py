@@ -68,7 +68,7 @@ def _open(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice the limit still raises
             image = Image.open(path)
     except Image.DecompressionBombError:
-        raise UnreadableMedia(f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
+        raise UnreadableMedia(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels") from None
     except (OSError, SyntaxError, ValueError) as error:
         reason = (
             "empty file"

@@ -142,7 +142,8 @@ class TrainSettings(Table):
     )
     activation_checkpointing: bool | Literal["unsloth"] = option(
         True,
-        "Recompute each block in the backward pass instead of keeping it all: much less memory, a third more time.",
+        "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more "
+        "time.",
     )
     reentrant_activation_checkpointing: bool = option(
         False,
@@ -321,7 +322,8 @@ class DatasetSettings(Table):
 
     @model_validator(mode="after")
     def _ordered(self) -> DatasetSettings:
-        for table in [self, *self.directory]:
+        tables: list[Directory | DatasetSettings] = [self, *self.directory]
+        for table in tables:
             low, high = table.min_ar or self.min_ar, table.max_ar or self.max_ar
             if low > high:
                 raise ValueError(f"min_ar: must not be above max_ar, got {low} and {high}")
