@@ -87,7 +87,7 @@ def compare_pictures(run: Path, lora: Path, target: Path) -> float:
 
     settings = load_train_settings(run / "train.toml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = FluxPipeline.from_pretrained(settings.model.diffusers_path, torch_dtype=torch.float32).to(device)
+    pipe = FluxPipeline.from_pretrained(settings.model.diffusers_path, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
         "prompt": "a red circle on a plain ground",

@@ -156,7 +156,8 @@ def test_a_run_outlives_comfyui_and_is_joined(server: ComfyUI) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "node"),
     [("OptimizerConfigNode__lr", "fast", "6"), ("GeneralConfig__epochs", 0, "8"), ("Train__resume", "yesterday", TRAIN),
-     ("ModelConfig__dtype", "bf16", "4"), ("AdapterConfigNode__rank", 0, "5"), ("GeneralDatasetPathNode__dataset_path", "no_such_folder", "1")],
+     ("ModelConfig__dtype", "bf16", "4"), ("AdapterConfigNode__rank", 0, "5"),
+     ("GeneralDatasetPathNode__dataset_path", "no_such_folder", "1")],
 )  # fmt: skip
 def test_a_bad_value_is_refused_by_name(server: ComfyUI, place: str, value: object, node: str) -> None:
     before = server.run_folders()
