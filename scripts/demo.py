@@ -111,7 +111,7 @@ def main(base: Path) -> None:
 
     write_inputs(base)
     print(f"running {WORKFLOW.name}; its log is train.log in the run folder", flush=True)
-    results = run_file(WORKFLOW, base)
+    results = run_file(WORKFLOW, base, {"11.survive_restart": False})  # TensorBoard ends with the demo
     trained = next(result for result in results.values() if result.class_type == "Train")
     run, lora = Path(trained.outputs[2]), Path(trained.outputs[3])
     losses = read_losses(run)
