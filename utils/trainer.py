@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from torch import nn
 
 from . import attention
 from .adapters import alpha_of, export_tensors, inject, load_existing
+from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import Trained, export_adapter, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import SettingsError, write_toml, write_whole
-from .dataset import MediaIndex, scan
+from .dataset import Sample, recall, remember, scan, scan_name
+from .dataset_report import Report
+from .index import Index
 from .loader import Loader
 from .metrics import Curves, Gpu
 from .optimizers import build_optimizer, learning_rate_factor
@@ -29,6 +33,7 @@ from .randomness import derive_seed
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
+from .sources import printable
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,7 @@ class Trainer:
         self.status = Status(epochs=settings.epochs)
         self._asked = 0
         self._written = 0.0
+        self._phase_started = self._phase_said = 0.0
         self._checks_stages()
 
     def _checks_stages(self) -> None:
@@ -96,11 +102,14 @@ class Trainer:
         s = self.settings
         self.family.check_files()
         cache = self._prepare_data()
+        if s.cache_only:
+            logger.info("the cache is complete, and cache_only is on: done")
+            self._say(state="finished", phase="")
+            return
         engine, trained = self._build()
-        data_ranks = self.world.size // s.pipeline_stages
-        global_batch = s.micro_batch_size_per_gpu * s.gradient_accumulation_steps * data_ranks
-        sampler = Sampler(cache.samples, global_batch, s.seed)
-        total = sum(sampler.num_steps(epoch) for epoch in range(s.epochs))
+        global_batch = self._global_batch(cache.samples[0].bucket)
+        sampler = Sampler(cache.samples, self._global_batch, s.seed)
+        total = sampler.total_steps(s.epochs)
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
@@ -112,12 +121,13 @@ class Trainer:
             cache,
             self.family,
             s.seed,
-            s.micro_batch_size_per_gpu,
             s.gradient_accumulation_steps,
             engine.grid.get_data_parallel_rank(),
+            self.world.size // s.pipeline_stages,
+            s.uncond_fraction,
         )
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
-        self._say(state="training", phase="", total_steps=total, step=position.step, epoch=position.epoch)
+        self._say(state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch)
         with Curves(
             self.folder.path if self.world.rank == 0 else None,
             s.x_axis_examples,
@@ -126,6 +136,12 @@ class Trainer:
         ) as curves:
             self._loop(engine, trained, sampler, loader, position, total, curves, len(cache.samples))
 
+    def _global_batch(self, bucket: Bucket) -> int:
+        """Samples of one step over all processes."""
+        s = self.settings
+        micro_batch = s.micro_batch(bucket.width, bucket.height, bucket.frames)
+        return micro_batch * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)
+
     def _prepare_data(self) -> Cache:
         s = self.settings
         folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
@@ -133,18 +149,11 @@ class Trainer:
         found: Any = None
         if self.world.rank == 0:
             try:
-                index = MediaIndex(folder / "index.sqlite")
-                samples, report = scan(self.dataset, index, self.family.size_multiple)
-                index.close()
-                report.log()
-                write_whole(
-                    self.folder.path / "dataset_report.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-                )
-                found = samples
-            except (SettingsError, OSError) as error:
+                found = self._scan(folder)
+            except (SettingsError, OSError, Stopped) as error:
                 found = error
-        samples = self.world.share(found)
-        cache = Cache(folder, self.family, samples)
+        samples, report = self.world.share(found)
+        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
         failed = cache.fill(
             self.world.device,
             s.caching_batch_size,
@@ -152,19 +161,51 @@ class Trainer:
             self.world.rank,
             self.world.size,
             self.world.barrier,
+            regenerate=s.regenerate_cache,
+            num_readers=s.map_num_proc,
         )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
-        if unreadable:
-            for path, reason in unreadable.items():
-                logger.warning("left out: %s: %s", path, reason)
-            cache.samples = [sample for sample in cache.samples if sample.path not in unreadable]
-            if not cache.samples:
-                raise SettingsError(
-                    "dataset: no picture could be decoded: " + "; ".join(f"{p}: {r}" for p, r in unreadable.items())
-                )
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        cache.samples = cache.without(unreadable)
+        if self.world.rank == 0:
+            self._report_data(cache, report, unreadable)
+        if not cache.samples:
+            reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
+            raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
         return cache
+
+    def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
+        s = self.settings
+        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
+        samples = recall(last) if s.trust_cache else None
+        if samples is not None:
+            logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
+            report = Report()
+            report.count(samples)
+            return samples, report
+        index = Index(folder / "index.sqlite", forget=s.regenerate_cache)
+        try:
+            samples, report = scan(self.dataset, index, self.family, s.video_clip_mode, self._on_progress)
+        finally:
+            index.close()
+        remember(last, samples)
+        return samples, report
+
+    def _report_data(self, cache: Cache, report: Report, unreadable: dict[str, str]) -> None:
+        s = self.settings
+        report.left_out |= {printable(path): reason for path, reason in unreadable.items()}
+        report.count(cache.samples)
+        sampler = Sampler(cache.samples, self._global_batch, s.seed)
+        report.steps_per_epoch = sampler.num_steps(0)
+        report.total_steps = min(sampler.total_steps(s.epochs), s.max_steps or sys.maxsize)
+        report.cache_bytes = cache.note_use(scan_name(self.dataset, self.family, s.video_clip_mode))
+        report.log()
+        logger.info(
+            "cache: %s for this dataset in %s",
+            f"{report.cache_bytes / 2**20:.0f} MiB",
+            s.cache_dir or "output_dir/cache",
+        )
+        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+        write_whole(self.folder.path / "dataset_report.json", text)
 
     def _build(self) -> tuple[Engine, Trained]:
         s = self.settings
@@ -194,7 +235,7 @@ class Trainer:
             chain,
             optimizer,
             self.world,
-            micro_batch=s.micro_batch_size_per_gpu,
+            micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
         )
@@ -336,9 +377,14 @@ class Trainer:
         if self.world.rank == 0:
             for command in self.folder.take_requests():
                 self._asked |= STOP if command == "save_quit" else 0
-            self._say(phase=phase, phase_done=done, phase_total=total)
-            if done in (0, total) or done % max(1, total // 20) == 0:
-                logger.info("%s: %d of %d", phase, done, total)
+            now = time.monotonic()
+            if phase != self.status.phase:
+                self._phase_started = self._phase_said = now
+            left = (now - self._phase_started) / done * (total - done) if done else None
+            self._say(phase=phase, phase_done=done, phase_total=total, eta=left)
+            if done in (0, total) or now - self._phase_said > 10:
+                self._phase_said = now
+                logger.info("%s: %d of %d%s", phase, done, total, f", {left:.0f} s left" if left else "")
         if self._asked & STOP:
             raise Stopped
 
@@ -380,9 +426,6 @@ class Trainer:
             "position": vars(position),
             "seed": s.seed,
             "num_samples": num_samples,
-            "micro_batches": s.micro_batch_size_per_gpu
-            * s.gradient_accumulation_steps
-            * (self.world.size // s.pipeline_stages),
         }
         path = save_checkpoint(
             self.folder,
