@@ -92,6 +92,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
 
     class Benchmark(Trainer):
         seconds: ClassVar[list[float]] = []
+        profiler: Any = None
 
         def _prepare_data(self) -> Any:
             return RandomCache()
@@ -101,6 +102,8 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter())
+            if self.profiler:
+                self.profiler.start() if len(self.seconds) == 1 else self.profiler.step()
 
         def _export(self, *unused: Any) -> None: ...
 
@@ -123,6 +126,10 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
     trainer = Benchmark(settings, dataset, join_world(), RunFolder.create(folder))
     trainer.family = RandomFlux(settings.model)
+    if arguments.profile:
+        trainer.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)
+        )
     return trainer
 
 
@@ -136,6 +143,10 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(arguments, changes, Path(folder))
         trainer.run()
+    if arguments.profile:
+        rows = [row for row in trainer.profiler.key_averages() if row.self_device_time_total and "Step" not in row.key]
+        for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:60]:
+            print(f"{row.self_device_time_total / 2000:8.2f} ms {row.count // 2:5} x  {row.key[:90]}", file=sys.stderr)
     stamps = trainer.seconds
     warm = stamps[max(3, len(stamps) // 3) :]
     steps = sorted(b - a for a, b in itertools.pairwise(warm))
@@ -160,6 +171,7 @@ def main() -> None:
     )
     for name, default in (("width", 1024), ("height", 1024), ("batch", 1), ("rank", 16), ("steps", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of two steps")
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
     parser.add_argument("--one", action="store_true", help="run the one setting here and print JSON")
     arguments = parser.parse_args()
@@ -169,10 +181,17 @@ def main() -> None:
     print(f"{'s/step':>8} {'median':>8} {'peak GiB':>9} {'reserved':>9} {'loss':>8}  setting", flush=True)
     flags = [f"--{name}={getattr(arguments, name)}" for name in ("width", "height", "batch", "rank", "steps")]
     for setting in arguments.settings:
-        command = [sys.executable, __file__, "--one", *flags, *(["--small"] if arguments.small else []), "--", setting]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        switches = [f"--{name}" for name in ("small", "profile") if getattr(arguments, name)]
+        command = [sys.executable, __file__, "--one", *flags, *switches, "--", setting]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=None if arguments.profile else subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         if done.returncode:
-            print(f"failed: {setting}\n{done.stderr[-1500:]}", flush=True)
+            print(f"failed: {setting}\n{(done.stderr or '')[-1500:]}", flush=True)
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
         memory = (

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..models.base import Family
 from .config import SettingsError
+from .lora_linear import lora_linear
 from .randomness import generator
 from .settings import Lora
 
@@ -31,9 +32,14 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output with the update added; shapes as for ``nn.Linear``."""
-        result = self.base_layer(x)
-        down = F.linear(self.lora_dropout[NAME](x), self.lora_A[NAME].weight.to(x.dtype))
-        return result + F.linear(down, self.lora_B[NAME].weight.to(x.dtype)) * self.scaling[NAME]
+        layer, scaling = self.base_layer, self.scaling[NAME]
+        down = self.lora_A[NAME].weight.to(x.dtype)
+        up = self.lora_B[NAME].weight.to(x.dtype)
+        up = up if scaling == 1.0 else up * scaling  # the small matrix instead of the large output
+        if self.training and isinstance(self.lora_dropout[NAME], nn.Dropout):
+            return layer(x) + F.linear(F.linear(self.lora_dropout[NAME](x), down), up)
+        output, _ = lora_linear(x.flatten(0, -2), layer.weight, layer.bias, down, up)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn.Module:

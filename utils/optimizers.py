@@ -110,6 +110,8 @@ def build_optimizer(
         raise SettingsError(f"optimizer.{unknown[0]}: {settings.type} does not take it; it takes {', '.join(known)}")
     if settings.type.lower() == "adafactor" and settings.lr is not None:
         arguments = {"relative_step": False, "scale_parameter": False} | arguments
+    if kind is torch.optim.AdamW:
+        arguments = {"fused": device.type == "cuda"} | arguments
     plain = list(parameters)
     groups = [
         {"params": [p for p in plain if p.ndim > 1]},

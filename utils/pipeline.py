@@ -40,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
 from .config import SettingsError
+from .graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +154,17 @@ class Chain(PipelineModule):
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
         checkpointing: bool,
         compiled: bool = False,
+        memory_budget: float | None = None,
+        random: bool = True,
     ) -> None:
         self._bounds = list(bounds)
-        self._checkpointing = checkpointing
+        self._random = random
+        self._checkpointing = checkpointing and memory_budget is None
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
         if compiled:  # alike blocks share one compilation
+            torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
             for link in self.forward_funcs:
                 if link.layer.is_block:
                     for module in link.children():
@@ -174,7 +179,7 @@ class Chain(PipelineModule):
         """Runs this stage on a tuple of tensors."""
         for link in self.forward_funcs:
             if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
-                inputs = checkpoint(link, *inputs, use_reentrant=False)
+                inputs = checkpoint(link, *inputs, use_reentrant=False, preserve_rng_state=self._random)
             else:
                 inputs = link(*inputs)
         return inputs
@@ -207,22 +212,95 @@ def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequ
     return list(partition_balanced(weights, num_stages))
 
 
+class Gradients:
+    """The gradients of some parameters in one piece of memory per dtype: emptied, reduced and measured at once."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._flat: list[torch.Tensor] = []
+        for dtype in dict.fromkeys(p.dtype for p in parameters):
+            group = [p for p in parameters if p.dtype == dtype]
+            flat = torch.zeros(sum(p.numel() for p in group), dtype=dtype, device=group[0].device)
+            for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            self._flat.append(flat)
+
+    def zero(self) -> None:
+        """Sets all to zero."""
+        for flat in self._flat:
+            flat.zero_()
+
+    def average(self, group: Any) -> None:
+        """The mean over the ranks of ``group``."""
+        for flat in self._flat:
+            dist.all_reduce(flat, group=group)
+            flat /= dist.get_world_size(group)
+
+    def squared_norm(self, device: torch.device) -> torch.Tensor:
+        """The square of their length, float32, without dimension."""
+        norms = [torch.linalg.vector_norm(flat, dtype=torch.float32).square() for flat in self._flat]
+        return torch.stack(norms).sum() if norms else torch.zeros((), device=device)
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiplies all by ``factor``."""
+        for flat in self._flat:
+            flat.mul_(factor)
+
+
 class Engine(PipelineEngine):
     """DeepSpeed's pipeline engine with its own schedule, and our messages between stages."""
 
     control: Any = None
     max_norm: float = 0.0
+    grads: Gradients
+    grad_layer: list[torch.Tensor] | None
     _norm: torch.Tensor
+    _graphs: StepGraphs | None = None
+
+    def prepare(self, world: World, max_norm: float, use_graphs: bool) -> None:
+        """What DeepSpeed's constructor has no place for."""
+        self.control, self.max_norm = world.control, max_norm
+        self.grads = Gradients([p for p in self.module.parameters() if p.requires_grad])
+        if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
+            self._graphs = StepGraphs(self._micro_step)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
-        self.set_dataiterator(data_iter)
         self.module.train()
         self.total_loss = None
-        self._compute_loss = True
-        self._exec_schedule(self._train_schedule())
+        if self.num_stages == 1:
+            assert data_iter is not None
+            self._single_stage(data_iter)
+        else:
+            self.set_dataiterator(data_iter)
+            self._compute_loss = True
+            self._exec_schedule(self._train_schedule())
         with torch.no_grad():
             return self._aggregate_total_loss()
+
+    def _single_stage(self, data_iter: Iterator[Any]) -> None:
+        run = self._graphs or self._micro_step
+        for _ in range(self.micro_batches):
+            inputs, labels = (self._to_device(part) for part in next(data_iter))
+            loss = run(inputs, labels)
+            self.total_loss = loss if self.total_loss is None else self.total_loss + loss
+        self._exec_reduce_grads()
+        self._exec_optimizer_step()
+
+    def _micro_step(self, inputs: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        loss = self.module.loss_fn(self.module(inputs), labels)
+        (loss / self.micro_batches).backward()
+        return loss.detach()
+
+    def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+
+    def _exec_reduce_grads(self) -> None:
+        if self.is_data_parallel:
+            self.grads.average(self.grid.get_data_parallel_group())
+
+    def zero_grad(self, *unused: Any) -> None:
+        """Empties the gradients in place; they stay where graphs and collectives expect them."""
+        self.grads.zero()
 
     def _broadcast_model(self) -> None:  # quirk broadcast
         """Nothing to send: weights are read from the same files, adapters initialised by name."""
@@ -230,9 +308,9 @@ class Engine(PipelineEngine):
     def _exec_load_micro_batch(self, buffer_id: int) -> None:
         inputs, labels = self._next_batch()
         if self.is_first_stage():
-            self.pipe_buffers["inputs"][buffer_id] = tuple(t.to(self.device, non_blocking=True) for t in inputs)
+            self.pipe_buffers["inputs"][buffer_id] = self._to_device(inputs)
         if self.is_last_stage():
-            self.pipe_buffers["labels"][buffer_id] = tuple(t.to(self.device, non_blocking=True) for t in labels)
+            self.pipe_buffers["labels"][buffer_id] = self._to_device(labels)
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
@@ -299,15 +377,12 @@ class Engine(PipelineEngine):
 
     def clip_fp32_gradients(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        square = torch.zeros((), dtype=torch.float32, device=self.device)
-        if grads:
-            square = torch.stack(torch._foreach_norm(grads)).float().square().sum()
+        square = self.grads.squared_norm(self.device)
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         self._norm = square.sqrt()
-        if self.max_norm > 0 and grads:
-            torch._foreach_mul_(grads, (self.max_norm / (self._norm + 1e-6)).clamp(max=1.0))
+        if self.max_norm > 0:
+            self.grads.scale((self.max_norm / (self._norm + 1e-6)).clamp(max=1.0))
 
     def last_grad_norm(self) -> float:
         """Length of the last step's gradient before clipping."""
@@ -315,6 +390,7 @@ class Engine(PipelineEngine):
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **PipelineEngine._INSTRUCTION_MAP,
+        schedule.ReduceGrads: _exec_reduce_grads,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
         schedule.ForwardPass: _exec_forward_pass,
         schedule.BackwardPass: _exec_backward_pass,
@@ -333,6 +409,7 @@ def build_engine(
     micro_batch: int,
     num_micro_batches: int,
     max_norm: float,
+    use_graphs: bool = False,
 ) -> Engine:
     """The engine that trains ``chain`` with ``optimizer`` (of this stage's parameters)."""
     config = {
@@ -352,7 +429,7 @@ def build_engine(
             config_class=DeepSpeedConfig(config, mpu),
             dont_change_device=True,
         )
-    engine.control, engine.max_norm = world.control, max_norm
+    engine.prepare(world, max_norm, use_graphs)
     return engine
 
 

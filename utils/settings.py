@@ -151,7 +151,7 @@ class TrainSettings(Table):
     )
     activation_checkpointing: bool | Literal["unsloth"] = option(
         True,
-        "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more time.",
+        "Recompute each block in the backward pass instead of keeping it all: much less memory, a third more time.",
     )
     reentrant_activation_checkpointing: bool = option(
         False,
@@ -162,6 +162,18 @@ class TrainSettings(Table):
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
     compile: bool = option(
         False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True
+    )
+    activation_memory_budget: float | None = option(
+        None,
+        "With compile: share of a block's activations that is kept, between 0 and 1; the cheapest of the rest are "
+        "recomputed. Takes the place of activation_checkpointing.",
+        ge=0,
+        le=1,
+        step=0.05,
+        advanced=True,
+    )
+    cuda_graphs: bool = option(
+        True, "Replay each step as a CUDA graph where that is possible: one pipeline stage, no dropout.", advanced=True
     )
     attention_backend: Literal["auto", "native", "cudnn"] = option(
         "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True

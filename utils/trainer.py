@@ -222,7 +222,14 @@ class Trainer:
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         chain = Chain(
-            layers, s.pipeline_stages, bounds, mean_squared_error, bool(s.activation_checkpointing), s.compile
+            layers,
+            s.pipeline_stages,
+            bounds,
+            mean_squared_error,
+            checkpointing=bool(s.activation_checkpointing),
+            compiled=s.compile,
+            memory_budget=s.activation_memory_budget,
+            random=s.adapter.dropout > 0,
         )
         del denoiser, layers
         parameters = [p for p in chain.parameters() if p.requires_grad]
@@ -238,6 +245,7 @@ class Trainer:
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
+            use_graphs=s.cuda_graphs and not s.adapter.dropout,
         )
         return engine, Trained(names, chain, optimizer)
 
