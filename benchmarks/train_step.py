@@ -57,7 +57,10 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     import torch
     from diffusion_trainer.models.flux import Flux
     from diffusion_trainer.utils.buckets import Bucket
+    from diffusion_trainer.utils.cache import Encoded
     from diffusion_trainer.utils.dataset import Sample
+    from diffusion_trainer.utils.index import Media
+    from diffusion_trainer.utils.media import Properties, Source
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
@@ -71,12 +74,16 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
 
     class RandomCache:
         samples: ClassVar = [
-            Sample(f"{n}.png", str(n), Bucket(arguments.width, arguments.height), "") for n in range(64)
+            Sample(
+                Media(Source(f"{n}.png"), str(n), Properties(arguments.width, arguments.height)),
+                Bucket(arguments.width, arguments.height),
+            )
+            for n in range(64)
         ]
 
-        def load(self, sample: Sample) -> Any:
+        def load(self, sample: Sample, view: Any) -> Encoded:
             text = 768, (512, 4096)
-            return (
+            return Encoded(
                 {"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
                 {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()},
             )

@@ -134,7 +134,10 @@ def _tables(
     train["output_dir"] = comfy.resolve(train["output_dir"])
     train.pop("dataset", None)
     for directory in dataset["directory"]:
-        directory["path"] = comfy.resolve(directory["path"])
+        for key in ("path", "control_path", "mask_path", "default_mask_file"):
+            if directory.get(key):
+                directory[key] = comfy.resolve(directory[key])
+        directory["control_paths"] = [comfy.resolve(path) for path in directory.get("control_paths") or []]
     return train, dataset
 
 

@@ -89,6 +89,8 @@ class Example:
     """Standard normal, shaped like ``media["latents"]``, float32."""
     quantile: float
     """Uniform in (0, 1); `timestep` turns it into the noise level."""
+    controls: tuple[dict[str, torch.Tensor], ...] = ()
+    """What `encode_media` gave for each control picture, at the size of ``media``."""
 
 
 @dataclass
@@ -111,6 +113,17 @@ class Family(ABC):
     Config: ClassVar[type[ModelConfig]]
     size_multiple: ClassVar[int] = 16
     """Pixel width and height must be multiples of this."""
+    latent_multiple: ClassVar[int] = 8
+    """Pixels that one latent stands for, across and down."""
+    fps: ClassVar[float | None] = None
+    """Frames in a second of the videos that it makes; None where it makes pictures alone."""
+    frame_multiple: ClassVar[int] = 4
+    frame_remainder: ClassVar[int] = 1
+    """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
+    max_controls: ClassVar[int] = 0
+    """Most control pictures that it takes, as edit models do."""
+    text_sees_controls: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that look at the control pictures, too; see `encode_edit`."""
     text_encoders: ClassVar[tuple[str, ...]]
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
@@ -173,7 +186,30 @@ class Family(ABC):
     def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the denoiser needs of each caption, batch first, names unlike those of other encoders."""
 
+    def encode_edit(
+        self, name: str, encoder: Any, captions: Sequence[str], controls: Sequence[Sequence[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """`encode_text` for the encoders of `text_sees_controls`.
+
+        Args:
+            controls: The control pictures of each caption, as CHW, uint8, in their own shape, of about a
+                megapixel at most.
+        """
+        return self.encode_text(name, encoder, captions)
+
     # -- training -----------------------------------------------------------------------------------
+
+    def latent_size(self, width: int, height: int, frames: int = 1) -> tuple[int, int, int]:
+        """Frames, height and width of the latents of a picture or clip of this size in pixels."""
+        count = -(-frames // self.frame_multiple) if frames > 1 else 1
+        return count, height // self.latent_multiple, width // self.latent_multiple
+
+    def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Weights of latents as weights of the target's elements; broadcasts against ``target``.
+
+        Here for targets that are shaped like latents, with a frame dimension or without.
+        """
+        return mask_NFHW[:, None] if target.ndim == 5 else mask_NFHW
 
     @abstractmethod
     def load_denoiser(self, device: torch.device) -> nn.Module:

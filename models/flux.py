@@ -344,6 +344,10 @@ class Flux(Family):
             target=pack(noise_NCHW - x0_NCHW),
         )
 
+    def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        channels = target.shape[-1] // 4
+        return pack(mask_NFHW.expand(-1, channels, -1, -1))
+
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:
             return resolution_shift(latent_size)

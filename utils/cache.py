@@ -1,240 +1,403 @@
-"""Encoded pictures and captions on disk: made once, shared by all runs, never wrong.
+"""Encoded pictures, videos and captions: made once, shared by all runs, never wrong.
 
-One safetensors file per value, named by what the value depends on: encoder, file content, size, text.
-So nothing has to be invalidated: what changed has another name. Files appear whole, carry a checksum,
-and any number of processes and trainings may fill one cache at once.
+One file per value, named by what the value depends on: encoder, file content, size, text. So nothing has
+to be invalidated: what changed has another name. Any number of processes and trainings may fill one cache.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch.nn.functional import adaptive_avg_pool3d
 
 from ..models.base import Family
 from .buckets import Bucket
 from .dataset import Sample
-from .media import UnreadableMedia, read_picture
+from .index import Media, Progress
+from .media import UnreadableMedia, normalised, read_mask, read_picture, read_whole
 from .randomness import generator
+from .store import Store, Uses
+from .video import read_clip, read_mask_clip
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is; may raise to stop."""
+CONTROL_PIXELS = 1024 * 1024
+"""Most pixels of a control picture that a text encoder looks at."""
 
 
-class Store:
-    """A folder of tensors by key."""
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a sample is trained this time."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    caption: str = ""
+    flip: bool = False
 
-    def path(self, key: str) -> Path:
-        """Where the value of ``key`` is or will be."""
-        return self._folder / key[:2] / f"{key}.safetensors"
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that have no value yet, each once, in order."""
-        present = {
-            entry.name.partition(".")[0]
-            for sub in _folders(self._folder)
-            for entry in os.scandir(sub)
-            if entry.name.endswith(".safetensors")
-        }
-        return [key for key in dict.fromkeys(keys) if key not in present]
+@dataclass
+class Encoded:
+    """A sample as the encoders left it, without batch dimension."""
 
-    def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Stores a value in one step.
+    media: dict[str, torch.Tensor]
+    text: dict[str, torch.Tensor]
+    mask: torch.Tensor | None = None
+    """FHW, one value in [0, 1] for each latent."""
+    controls: tuple[dict[str, torch.Tensor], ...] = ()
 
-        Raises:
-            OSError: No space is left, or the folder cannot be written.
-        """
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = save(contiguous, metadata={"checksum": _checksum(contiguous)})
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
 
-    def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The value of ``key``; None when there is none or the file is damaged (it is removed then)."""
-        path = self.path(key)
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                intact = (file.metadata() or {}).get("checksum") == _checksum(tensors)
-        except FileNotFoundError:
-            return None
-        except SafetensorError:
-            intact = False
-        if not intact:
-            logger.warning("cache: %s is damaged and will be made again", path)
-            path.unlink(missing_ok=True)
-            return None
-        return tensors
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture or clip to encode."""
+
+    media: Media
+    bucket: Bucket
+    start: float | None
+    flip: bool
+    shape: Media
+    """What it is cropped like: itself, or for a mask its picture."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A caption to encode."""
+
+    caption: str
+    controls: tuple[Media, ...]
 
 
 class Cache:
     """Media and text of a dataset as one family encodes them."""
 
-    def __init__(self, folder: Path, family: Family, samples: Sequence[Sample]) -> None:
-        self._family = family
+    def __init__(self, folder: Path, family: Family, samples: Sequence[Sample], uncond: bool = False) -> None:
+        """``uncond``: the empty caption is needed for every sample, not only for those that may lose theirs."""
+        self._folder, self._family, self._uncond = folder, family, uncond
         self.samples = list(samples)
         self._vae_identity = family.identity("vae")
         self._text_identity = {name: family.identity(name) for name in family.text_encoders}
         root = folder / family.config.type
-        self._media = Store(root / "media")
+        self._media, self._masks = Store(root / "media"), Store(root / "masks")
         self._texts = {name: Store(root / f"text-{name}") for name in family.text_encoders}
 
-    def media_key(self, digest: str, bucket: Bucket) -> str:
-        """Key of a picture's latents: what is in the file, at which size, through which encoder."""
-        return _key("media", self._vae_identity, digest, bucket)
+    # -- keys: what each value depends on ---------------------------------------------------------------
 
-    def text_key(self, encoder: str, caption: str) -> str:
+    def media_key(self, media: Media, bucket: Bucket, start: float | None = None, flip: bool = False) -> str:
+        """Key of latents: what is in the file, at which size, through which encoder."""
+        clip = [] if start is None else [self._family.fps, start]
+        return _key("media", self._vae_identity, media.digest, bucket, *clip, *["flipped"] * flip)
+
+    def text_key(self, encoder: str, caption: str, controls: Sequence[Media] = ()) -> str:
         """Key of a caption's embeddings."""
-        return _key("text", self._text_identity[encoder], caption)
+        seen = [c.digest for c in controls] if encoder in self._family.text_sees_controls else []
+        return _key("text", self._text_identity[encoder], caption, *seen)
+
+    def mask_key(self, sample: Sample, flip: bool) -> str:
+        """Key of a sample's mask on the grid of its latents."""
+        assert sample.mask
+        grid, shape = self._grid(sample.bucket), sample.media.properties
+        size = shape.width, shape.height
+        return _key("mask", sample.mask.digest, size, sample.bucket, sample.start, self._family.fps, grid, flip)
+
+    def _grid(self, bucket: Bucket) -> tuple[int, int, int]:
+        return self._family.latent_size(bucket.width, bucket.height, bucket.frames)
+
+    # -- reading ----------------------------------------------------------------------------------------
+
+    def load(self, sample: Sample, view: View) -> Encoded | None:
+        """A sample's values; None when a file is missing or damaged."""
+        media = self._media.get(self.media_key(sample.media, sample.bucket, sample.start, view.flip))
+        text: dict[str, torch.Tensor] = {}
+        for name, store in self._texts.items():
+            value = store.get(self.text_key(name, view.caption, sample.controls))
+            if value is None:
+                return None
+            text |= value
+        mask = self._masks.get(self.mask_key(sample, view.flip)) if sample.mask else {"mask": None}
+        still = Bucket(sample.bucket.width, sample.bucket.height)
+        found = (self._media.get(self.media_key(control, still, None, view.flip)) for control in sample.controls)
+        controls = tuple(control for control in found if control is not None)
+        if media is None or mask is None or len(controls) < len(sample.controls):
+            return None
+        return Encoded(media, text, mask["mask"], controls)
+
+    def remake(self, sample: Sample) -> None:
+        """Makes on the CPU what is missing of one sample, while the GPU trains.
+
+        Raises:
+            UnreadableMedia: Its file cannot be read any more.
+        """
+        logger.warning("cache: encoding %s again; this takes a while", sample.path)
+        failed = Cache(self._folder, self._family, [sample], self._uncond).fill(torch.device("cpu"), 1)
+        for reason in failed.values():
+            raise UnreadableMedia(reason)
+
+    def without(self, failed: Iterable[str]) -> list[Sample]:
+        """The samples that need none of the files in ``failed``."""
+        bad = set(failed)
+        return [s for s in self.samples if not bad or not any(str(m.source) in bad for m in s.files)]
+
+    # -- making -----------------------------------------------------------------------------------------
 
     def fill(
         self,
         device: torch.device,
         batch_size: int,
-        progress: Progress,
+        progress: Progress = lambda *_: None,
         rank: int = 0,
         world: int = 1,
         barrier: Callable[[], None] = lambda: None,
+        *,
+        regenerate: bool = False,
+        num_readers: int | None = None,
     ) -> dict[str, str]:
         """Encodes this process's share of what is missing; every process calls it.
 
+        Args:
+            regenerate: Encode also what is there.
+            num_readers: Threads that read pictures ahead of the encoder.
+
         Returns:
-            Pictures that could not be decoded, with the reason (this process's share).
+            Files that could not be decoded, with the reason (this process's share).
         """
-        jobs = {self.media_key(s.digest, s.bucket): s for s in self.samples}
-        mine = [jobs[key] for key in self._media.missing(jobs)][rank::world]
-        failed = self._fill_media(mine, device, batch_size, progress) if mine else {}
+        work = _Work(self._family, device, batch_size, progress, num_readers or min(8, os.cpu_count() or 1), regenerate)
+        pictures, masks = self._picture_jobs(), self._mask_jobs()
+        share = _share(pictures, self._media, regenerate, rank, world)
+        failed = work.media(self._media, share) if share else {}
+        barrier()
+        share = _share(masks, self._masks, regenerate, rank, world)
+        failed |= work.masks(self._masks, share) if share else {}
         barrier()
         for name, store in self._texts.items():
-            captions = {self.text_key(name, s.caption): s.caption for s in self.samples}
-            texts = [captions[key] for key in store.missing(captions)][rank::world]
+            texts = _share(self._text_jobs(name), store, regenerate, rank, world)
             if texts:
-                self._fill_text(name, store, texts, device, batch_size, progress)
+                work.texts(name, store, texts)
             barrier()
         return failed
 
-    def load(self, sample: Sample) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] | None:
-        """Media and text of a sample, without batch dimension; None when a file is missing or damaged."""
-        media = self._media.get(self.media_key(sample.digest, sample.bucket))
-        text: dict[str, torch.Tensor] = {}
-        for name, store in self._texts.items():
-            value = store.get(self.text_key(name, sample.caption))
-            if value is None:
-                return None
-            text |= value
-        return None if media is None else (media, text)
+    def keys(self) -> dict[Store, set[str]]:
+        """All keys of this dataset, by the store that they are in."""
+        texts = {store: set(self._text_jobs(name)) for name, store in self._texts.items()}
+        return {self._media: set(self._picture_jobs()), self._masks: set(self._mask_jobs()), **texts}
 
-    def _fill_media(
-        self, samples: list[Sample], device: torch.device, batch_size: int, progress: Progress
-    ) -> dict[str, str]:
-        progress("loading the picture encoder", 0, len(samples))
-        vae = self._family.load_vae(device)
-        by_bucket: dict[Bucket, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            by_bucket[sample.bucket].append(sample)
-        failed: dict[str, str] = {}
-        done = 0
-        with ThreadPoolExecutor(2) as readers:
-            for bucket, members in by_bucket.items():
-                for group, pictures in _ahead(readers, _groups(members, batch_size), bucket):
-                    good = [(s, p) for s, p in zip(group, pictures, strict=True) if isinstance(p, torch.Tensor)]
-                    failed |= {
-                        s.path: str(p) for s, p in zip(group, pictures, strict=True) if not isinstance(p, torch.Tensor)
-                    }
-                    if good:
-                        self._encode_media(vae, good, device)
-                    done += len(group)
-                    progress("encoding pictures", done, len(samples))
+    def note_use(self, name: str) -> int:
+        """Keeps what the dataset ``name`` uses, for pruning; returns its bytes."""
+        keys = self.keys()
+        identity = _key(name, self._vae_identity, *self._text_identity.values())
+        Uses(self._folder).note(identity, set().union(*keys.values()))
+        sizes = ((store.sizes(), used) for store, used in keys.items())
+        return sum(size for found, used in sizes for key, size in found.items() if key in used)
+
+    def _picture_jobs(self) -> dict[str, _Picture]:
+        jobs = {}
+        for sample in self.samples:
+            still = Bucket(sample.bucket.width, sample.bucket.height)
+            parts = [(sample.media, sample.bucket, sample.start), *((c, still, None) for c in sample.controls)]
+            for media, bucket, start in parts:
+                for flip in (False, True)[: 1 + sample.flip]:
+                    job = _Picture(media, bucket, start, flip, media)
+                    jobs[self.media_key(media, bucket, start, flip)] = job
+        return jobs
+
+    def _mask_jobs(self) -> dict[str, _Picture]:
+        return {
+            self.mask_key(s, flip): _Picture(s.mask, s.bucket, s.start, flip, s.media)
+            for s in self.samples
+            if s.mask
+            for flip in (False, True)[: 1 + s.flip]
+        }
+
+    def _text_jobs(self, encoder: str) -> dict[str, _Text]:
+        jobs = {}
+        for sample in self.samples:
+            dropped = ("",) if self._uncond or sample.caption_dropout else ()
+            for caption in (*sample.captions, *dropped):
+                jobs[self.text_key(encoder, caption, sample.controls)] = _Text(caption, sample.controls)
+        return jobs
+
+
+class _Work:
+    """Encoding on one device, each encoder there only while it works."""
+
+    def __init__(
+        self, family: Family, device: torch.device, batch_size: int, progress: Progress, num_readers: int, again: bool
+    ) -> None:
+        self._family, self._device, self._batch_size, self._progress = family, device, batch_size, progress
+        self._num_readers, self._again = num_readers, again
+
+    def media(self, store: Store, jobs: dict[str, _Picture]) -> dict[str, str]:
+        """Encodes pictures and clips, in batches of one bucket; what failed, with the reason."""
+        self._progress("loading the picture encoder", 0, len(jobs))
+        vae = self._family.load_vae(self._device)
+
+        failed = self._read_and("encoding pictures", store, jobs, self._read, partial(self._encode_media, vae, store))
+        del vae
+        self._let_go()
         return failed
 
-    @torch.no_grad()
-    def _encode_media(
-        self, vae: torch.nn.Module, group: list[tuple[Sample, torch.Tensor]], device: torch.device
-    ) -> None:
-        keys = [self.media_key(sample.digest, sample.bucket) for sample, _ in group]
-        pixels = torch.stack([picture for _, picture in group]).unsqueeze(2).to(device)
-        encoded = self._family.encode_media(vae, pixels, [generator("posterior", key) for key in keys])
-        for row, key in enumerate(keys):
-            self._media.put(key, {name: tensor[row] for name, tensor in encoded.items()})
+    def _encode_media(self, vae: Any, store: Store, group: list[tuple[str, _Picture, torch.Tensor]]) -> None:
+        pixels = torch.stack([pixels for *_, pixels in group]).to(self._device)
+        with torch.no_grad():
+            generators = [generator("posterior", key) for key, *_ in group]
+            encoded = self._family.encode_media(vae, normalised(pixels), generators)
+        for row, (key, *_) in enumerate(group):
+            store.put(key, {name: tensor[row] for name, tensor in encoded.items()})
 
-    @torch.no_grad()
-    def _fill_text(
-        self, name: str, store: Store, texts: list[str], device: torch.device, batch_size: int, progress: Progress
-    ) -> None:
-        progress(f"loading text encoder {name}", 0, len(texts))
-        encoder = self._family.load_text_encoder(name, device)
-        for start in range(0, len(texts), batch_size):
-            group = texts[start : start + batch_size]
-            encoded = self._family.encode_text(name, encoder, group)
-            for row, caption in enumerate(group):
-                store.put(self.text_key(name, caption), {key: tensor[row] for key, tensor in encoded.items()})
-            progress(f"encoding captions ({name})", start + len(group), len(texts))
+    def masks(self, store: Store, jobs: dict[str, _Picture]) -> dict[str, str]:
+        """Shrinks masks to the grid of their latents; what failed, with the reason."""
+
+        def keep(group: list[tuple[str, _Picture, torch.Tensor]]) -> None:
+            for key, _, mask in group:
+                store.put(key, {"mask": mask})
+
+        return self._read_and("shrinking masks", store, jobs, self._read_mask, keep)
+
+    def texts(self, name: str, store: Store, jobs: dict[str, _Text]) -> None:
+        """Encodes captions."""
+        self._progress(f"loading text encoder {name}", 0, len(jobs))
+        encoder = self._family.load_text_encoder(name, self._device)
+        done = 0
+        for group in _groups(list(jobs.items()), self._batch_size):
+            todo = [(key, text) for key, text in group if self._again or not store.has(key)]
+            if todo:
+                captions = [text.caption for _, text in todo]
+                with torch.no_grad():
+                    encoded = self._encode_text(name, encoder, captions, [text for _, text in todo])
+                for row, (key, _) in enumerate(todo):
+                    store.put(key, {part: tensor[row] for part, tensor in encoded.items()})
+            done += len(group)
+            self._progress(f"encoding captions ({name})", done, len(jobs))
+        del encoder
+        self._let_go()
+
+    def _encode_text(
+        self, name: str, encoder: Any, captions: list[str], texts: Sequence[_Text]
+    ) -> dict[str, torch.Tensor]:
+        if name not in self._family.text_sees_controls:
+            return self._family.encode_text(name, encoder, captions)
+        pictures = [[read_whole(c.source, CONTROL_PIXELS) for c in text.controls] for text in texts]
+        return self._family.encode_edit(name, encoder, captions, pictures)
+
+    def _read_and(
+        self,
+        phase: str,
+        store: Store,
+        jobs: dict[str, _Picture],
+        read: Callable[[_Picture], torch.Tensor],
+        use: Callable[[list[tuple[str, _Picture, torch.Tensor]]], None],
+    ) -> dict[str, str]:
+        """Reads ahead what ``use`` gets in groups of one bucket."""
+        by_bucket: dict[Bucket, list[tuple[str, _Picture]]] = {}
+        for key, job in jobs.items():
+            by_bucket.setdefault(job.bucket, []).append((key, job))
+        groups = [group for members in by_bucket.values() for group in _groups(members, self._batch_size)]
+        failed: dict[str, str] = {}
+        done = 0
+
+        def attempt(entry: tuple[str, _Picture]) -> torch.Tensor | str | None:
+            if not self._again and store.has(entry[0]):  # another training was faster
+                return None
+            try:
+                return read(entry[1])
+            except UnreadableMedia as problem:
+                return str(problem)
+            except OSError as error:
+                return f"cannot be read: {error.strerror or error}"
+
+        with ThreadPoolExecutor(self._num_readers) as pool:
+            for group, found in _ahead(pool, attempt, groups, self._num_readers):
+                good = [
+                    (*entry, value)
+                    for entry, value in zip(group, found, strict=True)
+                    if isinstance(value, torch.Tensor)
+                ]
+                for (_, job), value in zip(group, found, strict=True):
+                    if isinstance(value, str):
+                        failed[str(job.media.source)] = value
+                if good:
+                    use(good)
+                done += len(group)
+                self._progress(phase, done, len(jobs))
+        return failed
+
+    def _read(self, job: _Picture) -> torch.Tensor:
+        if job.start is None:
+            return read_picture(job.media.source, job.bucket, job.flip)
+        assert self._family.fps
+        return read_clip(job.media.source, job.bucket, self._family.fps, job.start, job.flip)
+
+    def _read_mask(self, job: _Picture) -> torch.Tensor:
+        size = job.shape.properties.width, job.shape.properties.height
+        source, bucket = job.media.source, job.bucket
+        if job.media.properties.seconds is None:
+            mask_FHW = read_mask(source, bucket, size, job.flip).expand(bucket.frames, -1, -1)
+        else:
+            mask_FHW = read_mask_clip(source, bucket, self._family.fps or 1.0, job.start or 0.0, size, job.flip)
+        grid = self._family.latent_size(bucket.width, bucket.height, bucket.frames)
+        mask = mask_on_grid(mask_FHW, grid, self._family.frame_remainder == 1)
+        if not mask.any():
+            raise UnreadableMedia("the mask is black all over, so nothing would be trained")
+        return mask
+
+    def _let_go(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def mask_on_grid(mask_FHW: torch.Tensor, grid: tuple[int, int, int], first_alone: bool = True) -> torch.Tensor:
+    """A mask (uint8) as mean brightness of the pixels below each latent, float32 in [0, 1].
+
+    Args:
+        grid: Frames, height and width of the latents.
+        first_alone: The first frame of the latents stands for the first picture alone.
+    """
+
+    def shrink(part: torch.Tensor, frames: int) -> torch.Tensor:
+        return adaptive_avg_pool3d(part.float()[None] / 255, (frames, *grid[1:]))[0]
+
+    if grid[0] == 1 or not first_alone:
+        return shrink(mask_FHW, grid[0])
+    return torch.cat([shrink(mask_FHW[:1], 1), shrink(mask_FHW[1:], grid[0] - 1)])
+
+
+def _share(jobs: dict[str, T], store: Store, regenerate: bool, rank: int, world: int) -> dict[str, T]:
+    """What this process does of ``jobs``: by key, so that processes which look at other times leave no gap."""
+    if rank == 0:
+        store.sweep()
+    present = {} if regenerate else store.sizes()
+    return {key: job for key, job in jobs.items() if key not in present and int(key[:8], 16) % world == rank}
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, groups: list[list[Sample]], bucket: Bucket
-) -> Iterator[tuple[list[Sample], list[torch.Tensor | UnreadableMedia]]]:
-    """The pictures of each group, read while the group before is encoded."""
-
-    def read(group: list[Sample]) -> list[torch.Tensor | UnreadableMedia]:
-        return [_read(sample.path, bucket) for sample in group]
-
-    waiting = [(group, pool.submit(read, group)) for group in groups[:2]]
-    for position in range(len(groups)):
-        group, future = waiting.pop(0)
-        if position + 2 < len(groups):
-            following = groups[position + 2]
-            waiting.append((following, pool.submit(read, following)))
-        yield group, future.result()
-
-
-def _read(path: str, bucket: Bucket) -> torch.Tensor | UnreadableMedia:
-    try:
-        return read_picture(Path(path), bucket)
-    except UnreadableMedia as problem:
-        return problem
+    pool: ThreadPoolExecutor, read: Callable[[T], Any], groups: list[list[T]], at_once: int
+) -> Iterator[tuple[list[T], list[Any]]]:
+    """Each group with what ``read`` gives for its entries, read while those before are used."""
+    waiting: deque[tuple[list[T], list[Future[Any]]]] = deque()
+    depth = 1 + max(1, -(-at_once // len(groups[0]))) if groups else 0
+    following = iter(groups)
+    while True:
+        while len(waiting) < depth and (group := next(following, None)):
+            waiting.append((group, [pool.submit(read, entry) for entry in group]))
+        if not waiting:
+            return
+        group, futures = waiting.popleft()
+        yield group, [future.result() for future in futures]
 
 
 def _groups(items: Sequence[T], size: int) -> list[list[T]]:
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def _folders(root: Path) -> list[os.DirEntry[str]]:
-    return [entry for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-
-
 def _key(*parts: object) -> str:
     return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=20).hexdigest()
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

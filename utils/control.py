@@ -30,6 +30,7 @@ class Control:
         self._world, self._folder = world, folder
         self._asked = 0
         self._written = 0.0
+        self._phase_started = self._phase_said = 0.0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Control:
@@ -67,9 +68,14 @@ class Control:
         if self._world.rank == 0:
             for command in self._folder.take_requests():
                 self._asked |= STOP if command == "save_quit" else 0
-            self.say(phase=phase, phase_done=done, phase_total=total)
-            if done in (0, total) or done % max(1, total // 20) == 0:
-                logger.info("%s: %d of %d", phase, done, total)
+            now = time.monotonic()
+            if phase != self.status.phase:
+                self._phase_started = self._phase_said = now
+            left = (now - self._phase_started) / done * (total - done) if done else None
+            self.say(phase=phase, phase_done=done, phase_total=total, eta=left)
+            if done in (0, total) or now - self._phase_said > 10:
+                self._phase_said = now
+                logger.info("%s: %d of %d%s", phase, done, total, f", {left:.0f} s left" if left else "")
         if self._asked & STOP:
             raise Stopped
 

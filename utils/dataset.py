@@ -1,130 +1,92 @@
-"""Finding what to train: folders of pictures and captions become samples in buckets."""
+"""Finding what to train: folders of pictures, videos and captions become samples in buckets."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import sqlite3
+import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .buckets import Bucket, areas, aspect_ratios, bucket_for
-from .config import SettingsError
-from .media import SUFFIXES, UnreadableMedia, picture_size
+from ..models.base import Family
+from .buckets import Bucket, Buckets, Grid
+from .captions import variants
+from .config import SettingsError, write_whole
+from .dataset_report import Report
+from .index import Index, Media, Progress, Stamp, stamp_of
+from .media import Properties, Source
+from .randomness import derive_seed
 from .settings import DatasetSettings, Directory
+from .sources import Item, find_items, list_folder, printable
+from .video import ClipMode, clip_starts, num_frames
 
-logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture at one size with its caption."""
+    """One picture or clip at one size, with all that belongs to it."""
 
-    path: str
-    digest: str
-    """Identifies the file's content."""
+    media: Media
     bucket: Bucket
-    caption: str
+    captions: tuple[str, ...] = ("",)
+    """Variants, of which each time one is trained."""
     num_repeats: float = 1.0
+    name: str = ""
+    """Path below its folder."""
+    start: float | None = None
+    """Where the clip begins, in seconds; None for pictures."""
+    flip: bool = False
+    """May also be trained mirrored."""
+    caption_dropout: float = 0.0
+    """Share of the times that it is trained without a caption."""
+    mask: Media | None = None
+    controls: tuple[Media, ...] = ()
+    copy: int = 0
+    """Tells apart samples that are alike in all else."""
+
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        return str(self.media.source)
 
     @property
     def key(self) -> str:
         """Names the sample for randomness and order, whatever else the dataset holds."""
-        return f"{self.digest}:{self.bucket}:{self.path.rsplit('/', 1)[-1]}"
+        key = f"{self.media.digest}:{self.bucket}:{self.name}"
+        return key + (f":{self.start}" if self.start else "") + (f":{self.copy}" if self.copy else "")
+
+    @property
+    def files(self) -> Iterator[Media]:
+        """All that is read for it."""
+        yield self.media
+        yield from self.controls
+        if self.mask:
+            yield self.mask
 
 
-@dataclass
-class Report:
-    """What was found and what was left out; goes to the log and to ``dataset_report.json``."""
-
-    pictures: int = 0
-    samples: int = 0
-    without_caption: int = 0
-    upscaled: int = 0
-    buckets: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Files that are not trained, each with the reason."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
-    def log(self) -> None:
-        """Says it in the log."""
-        logger.info(
-            "dataset: %d pictures, %d samples, %d without caption, %d enlarged",
-            self.pictures,
-            self.samples,
-            self.without_caption,
-            self.upscaled,
-        )
-        for bucket, count in sorted(self.buckets.items()):
-            logger.info("  bucket %s: %d", bucket, count)
-        for path, reason in self.left_out.items():
-            logger.warning("left out: %s: %s", path, reason)
+def grid_of(family: Family | type[Family]) -> Grid:
+    """Sizes and lengths that a family takes."""
+    return Grid(family.size_multiple, family.fps, family.frame_multiple, family.frame_remainder)
 
 
-class MediaIndex:
-    """Remembers content digest and size of files, so that an unchanged file is read only once ever."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS media (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, "
-            "digest TEXT, width INTEGER, height INTEGER, problem TEXT)"
-        )
-
-    def lookup(self, paths: Iterable[Path]) -> Iterator[tuple[Path, str, int, int, str | None]]:
-        """Digest, width, height and problem (None: readable) of each file, reading the new and changed ones."""
-        known = {row[0]: row[1:] for row in self._db.execute("SELECT * FROM media")}
-        with ThreadPoolExecutor(4) as pool:
-            rows = pool.map(lambda path: self._row(path, known), paths, chunksize=64)
-            fresh = []
-            for path, row, changed in rows:
-                if changed:
-                    fresh.append((_storable(path), *row))
-                yield path, row[2], row[3], row[4], row[5]
-        self._db.execute("BEGIN")
-        self._db.executemany("INSERT OR REPLACE INTO media VALUES (?,?,?,?,?,?,?)", fresh)
-        self._db.execute("COMMIT")
-
-    def close(self) -> None:
-        """Releases the database file."""
-        self._db.close()
-
-    @staticmethod
-    def _row(path: Path, known: dict[str, tuple[Any, ...]]) -> tuple[Path, tuple[Any, ...], bool]:
-        try:
-            stat = path.stat()
-            old = known.get(_storable(path))
-            if old and old[:2] == (stat.st_size, stat.st_mtime_ns):
-                return path, old, False
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            width, height = picture_size(path)
-            return path, (stat.st_size, stat.st_mtime_ns, digest, width, height, None), True
-        except OSError as error:
-            return path, (0, 0, "", 0, 0, f"cannot be read: {error.strerror}"), False
-        except UnreadableMedia as error:
-            return path, (stat.st_size, stat.st_mtime_ns, digest, 0, 0, str(error)), True
-
-
-def scan(settings: DatasetSettings, index: MediaIndex, size_multiple: int) -> tuple[list[Sample], Report]:
+def scan(
+    settings: DatasetSettings,
+    index: Index,
+    family: Family | type[Family],
+    clip_mode: ClipMode = "none",
+    progress: Progress = lambda *_: None,
+) -> tuple[list[Sample], Report]:
     """The samples of all folders, in an order that depends on names alone, and the report on them.
 
     Raises:
-        SettingsError: A folder is missing or no usable picture is in any of them.
+        SettingsError: A folder is missing, or no usable picture is in any of them.
     """
-    report = Report()
-    samples: list[Sample] = []
+    report, samples = Report(), list[Sample]()
     for number, directory in enumerate(settings.directory):
-        samples += _scan_directory(settings, directory, f"directory[{number}].path", index, size_multiple, report)
+        folder = _Folder(directory, f"directory[{number}]", index, family, clip_mode, report, progress)
+        samples += folder.samples()
     if not samples:
         folders = ", ".join(f"'{directory.path}'" for directory in settings.directory)
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(report.left_out.items())[:10])
@@ -132,59 +94,247 @@ def scan(settings: DatasetSettings, index: MediaIndex, size_multiple: int) -> tu
             f"dataset: no usable picture in {folders}; put pictures (png, jpg, webp ...) there, "
             f"captions beside them as .txt{reasons}"
         )
-    report.samples = len(samples)
-    report.buckets = {str(bucket): count for bucket, count in Counter(s.bucket for s in samples).items()}
+    samples = _told_apart(samples)
+    if settings.subsample_ratio:
+        samples = _subsample(samples, settings.subsample_ratio)
+    report.count(samples)
     return samples, report
 
 
-def _scan_directory(
-    settings: DatasetSettings,
-    directory: Directory,
-    option_path: str,
-    index: MediaIndex,
-    size_multiple: int,
-    report: Report,
-) -> Iterator[Sample]:
-    folder = Path(directory.path).expanduser()
-    if not folder.is_dir():
-        raise SettingsError(f"{option_path}: '{folder}' is not a folder; give the folder that holds the pictures")
-    prefix = settings.caption_prefix if directory.caption_prefix is None else directory.caption_prefix
-    repeats = settings.num_repeats if "num_repeats" not in directory.model_fields_set else directory.num_repeats
-    ratios = aspect_ratios(settings, directory)
-    pictures = sorted(
-        (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=lambda p: p.name
-    )
-    for path, digest, width, height, problem in index.lookup(pictures):
-        shown = _printable(path)
-        if problem:
-            report.left_out[shown] = problem
-            continue
-        try:
-            caption = _caption(path)
-        except UnicodeDecodeError:
-            report.left_out[shown] = f"its caption {path.with_suffix('.txt').name} is not UTF-8; save it as UTF-8"
-            continue
-        if not caption:
-            report.without_caption += 1
-            if settings.skip_empty_caption:
-                report.left_out[shown] = "no caption, and skip_empty_caption is on"
-                continue
-        report.pictures += 1
-        for area in areas(settings, directory):
-            bucket = bucket_for(width / height, ratios, area, size_multiple)
-            report.upscaled += width < bucket.width or height < bucket.height
-            yield Sample(str(path), digest, bucket, prefix + caption, repeats)
+class _Folder:
+    """One ``[[directory]]`` while it is looked through."""
+
+    def __init__(
+        self,
+        options: Directory,
+        option: str,
+        index: Index,
+        family: Family | type[Family],
+        clip_mode: ClipMode,
+        report: Report,
+        progress: Progress,
+    ) -> None:
+        self._options, self._option, self._index, self._family = options, option, index, family
+        self._clip_mode, self._report, self._progress = clip_mode, report, progress
+        self._buckets = Buckets(options, grid_of(family))
+
+    def samples(self) -> list[Sample]:
+        """What is to be trained of it; the report gets what is not."""
+        options = self._options
+        besides = [path for path in (options.mask_path, *options.controls) if path]
+        listing = list_folder(options.path, f"{self._option}.path", self._index, options.recursive, besides)
+        items = find_items(listing, self._index)
+        for path, reason in listing.problems.items():
+            self._leave_out(path, reason)
+        media = self._examined(listing.folder, [(item.source, item.stamp) for item in items])
+        controls, masks = self._controls(items), self._masks(items)
+        found = []
+        for number, item in enumerate(items):
+            try:
+                found += self._of_item(item, media[item.source], controls[number], masks[number])
+            except _LeftOut as reason:
+                self._leave_out(str(item.source), str(reason))
+        return found
+
+    def _of_item(
+        self, item: Item, media: Media | str, controls: list[Media | str], mask: Media | str | None
+    ) -> list[Sample]:
+        if isinstance(media, str) or item.problem:
+            raise _LeftOut(media if isinstance(media, str) else item.problem)
+        for part in (*controls, mask):
+            if isinstance(part, str):
+                raise _LeftOut(part)
+        texts = [text for text in item.captions if text]
+        if not texts:
+            self._report.without_caption.append(printable(str(item.source)))
+            if self._options.skip_empty_caption:
+                raise _LeftOut("no caption, and skip_empty_caption is on")
+        base = Sample(
+            media=media,
+            bucket=Bucket(0, 0),
+            captions=tuple(dict.fromkeys(v for text in texts or [""] for v in variants(text, self._options))),
+            num_repeats=self._options.num_repeats,
+            name=item.name,
+            flip=self._options.horizontal_flip,
+            caption_dropout=self._options.caption_dropout,
+            mask=mask if isinstance(mask, Media) else None,
+            controls=tuple(part for part in controls if isinstance(part, Media)),
+        )
+        places = self._places(media.properties)
+        self._report.add(media, [bucket for bucket, _ in places])
+        return [replace(base, bucket=bucket, start=start) for bucket, start in places]
+
+    def _places(self, found: Properties) -> list[tuple[Bucket, float | None]]:
+        """Bucket and start of each sample that a picture or video makes."""
+        fps = self._family.fps
+        if found.seconds is None:
+            places: list[tuple[Bucket, float | None]] = [
+                (b, None) for b in self._buckets.choose(found.width, found.height)
+            ]
+            if not places:
+                raise _LeftOut("a picture, and size_buckets has none for pictures (1 frame)")
+            return places
+        if fps is None:
+            raise _LeftOut(f"a video, and {self._family.title} trains pictures; use a video model")
+        frames = num_frames(found.seconds, fps)
+        if not self._buckets.lengths:
+            raise _LeftOut("a video, and frame_buckets has no length for videos; add one, such as 33")
+        buckets = self._buckets.choose(found.width, found.height, frames) if frames > 1 else []
+        if not buckets:
+            shortest = self._buckets.lengths[0]
+            raise _LeftOut(
+                f"too short: {frames} frames at {fps:g} a second ({found.seconds:.2f} s), the shortest of "
+                f"frame_buckets is {shortest} ({shortest / fps:.2f} s)"
+            )
+        return [
+            (bucket, start)
+            for bucket in buckets
+            for start in clip_starts(found.seconds, fps, bucket.frames, self._clip_mode)
+        ]
+
+    def _controls(self, items: Sequence[Item]) -> list[list[Media | str]]:
+        """The control pictures of each item, or why one is missing."""
+        folders = self._options.controls
+        named = any(item.controls for item in items)
+        if (folders or named) and not self._family.max_controls:
+            option = "control_paths" if self._options.control_paths else "control_path"
+            raise SettingsError(
+                f"{self._option}.{option if folders else 'path'}: {self._family.title} takes no control pictures; "
+                "leave them out, or train an edit model"
+            )
+        if named:
+            return self._named_controls(items)
+        if len(folders) > self._family.max_controls:
+            raise SettingsError(
+                f"{self._option}.control_paths: {self._family.title} takes {self._family.max_controls} control "
+                f"pictures, got {len(folders)} folders"
+            )
+        result: list[list[Media | str]] = [[] for _ in items]
+        for number, folder in enumerate(folders):
+            option = f"control_paths[{number}]" if self._options.control_paths else "control_path"
+            for entry, found in zip(result, self._matched(items, folder, option), strict=True):
+                entry.append(found or f"no control picture of its name in '{folder}'")
+        return result
+
+    def _named_controls(self, items: Sequence[Item]) -> list[list[Media | str]]:
+        entries = [entry for item in items for entry in item.controls or []]
+        known = self._examined(os.path.abspath(os.path.expanduser(self._options.path)), entries)
+        most = self._family.max_controls
+        return [
+            [_named(source, known[source]) for source, _ in item.controls or []]
+            if len(item.controls or []) <= most
+            else [f"names {len(item.controls or [])} control pictures; {self._family.title} takes {most}"]
+            for item in items
+        ]
+
+    def _masks(self, items: Sequence[Item]) -> list[Media | str | None]:
+        options = self._options
+        masks: list[Media | str | None] = [None] * len(items)
+        if options.mask_path:
+            masks = self._matched(items, options.mask_path, "mask_path")
+        if options.default_mask_file:
+            path = os.path.abspath(os.path.expanduser(options.default_mask_file))
+            if not os.path.isfile(path):
+                raise SettingsError(f"{self._option}.default_mask_file: '{path}' is not a file; give a picture")
+            source = Source(path)
+            found = self._examined(os.path.dirname(path), [(source, stamp_of(os.stat(path)))])
+            default = _named(source, found[source])
+            masks = [mask or default for mask in masks]
+        return masks
+
+    def _matched(self, items: Sequence[Item], folder: str, option: str) -> list[Media | str | None]:
+        """For each item the file of the same name in ``folder``; others there are reported."""
+        listing = list_folder(folder, f"{self._option}.{option}", self._index, self._options.recursive)
+        by_stem = listing.by_stem()
+        entries = []
+        for item in items:
+            stem = os.path.splitext(item.name)[0]
+            entries.append(by_stem.get(stem) or by_stem.get(stem.rsplit("/", 1)[-1]))
+        wanted = {entry[0]: entry[1] for entry in entries if entry}
+        self._report.orphans += [printable(str(source)) for source, _ in listing.media if source not in wanted]
+        known = self._examined(listing.folder, list(wanted.items()))
+        return [_named(entry[0], known[entry[0]]) if entry else None for entry in entries]
+
+    def _examined(self, folder: str, entries: Iterable[tuple[Source, Stamp]]) -> dict[Source, Media | str]:
+        return dict(self._index.media(folder, entries, self._progress))
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        self._report.left_out[printable(path)] = reason
 
 
-def _caption(path: Path) -> str:
-    text = path.with_suffix(".txt")
-    return text.read_text("utf-8-sig").strip() if text.is_file() else ""
+class _LeftOut(Exception):
+    """Something is not trained; the text says why."""
 
 
-def _storable(path: Path) -> str:
-    """The path as text that SQLite takes, also when the name is not UTF-8."""
-    return str(path).encode("utf-8", "surrogateescape").decode("latin-1")
+def _named(source: Source, found: Media | str) -> Media | str:
+    """Why a mask or control picture cannot be used says which."""
+    return f"{printable(source.name)}: {found}" if isinstance(found, str) else found
 
 
-def _printable(path: Path) -> str:
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+def _told_apart(samples: list[Sample]) -> list[Sample]:
+    """The samples; those that would share a key are numbered."""
+    seen: Counter[str] = Counter()
+    result = []
+    for sample in samples:
+        key = sample.key
+        seen[key] += 1
+        result.append(sample if seen[key] == 1 else replace(sample, copy=seen[key] - 1))
+    return result
+
+
+def _subsample(samples: list[Sample], ratio: float) -> list[Sample]:
+    """``ratio`` of each bucket, at least one sample, chosen by key: the same ones whatever else there is."""
+    by_bucket: dict[Bucket, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_bucket.setdefault(sample.bucket, []).append(index)
+    kept = set()
+    for members in by_bucket.values():
+        members.sort(key=lambda index: derive_seed("subsample", samples[index].key))
+        kept.update(members[: max(1, round(len(members) * ratio))])
+    return [sample for index, sample in enumerate(samples) if index in kept]
+
+
+# -- the scan of last time, for trust_cache -----------------------------------------------------------------
+
+
+def scan_name(settings: DatasetSettings, family: Family | type[Family], clip_mode: ClipMode) -> str:
+    """Names what `scan` depends on besides the files."""
+    parts = [settings.model_dump(mode="json"), repr(grid_of(family)), family.max_controls, clip_mode]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
+
+
+def remember(path: Path, samples: Sequence[Sample]) -> None:
+    """Writes samples to a file, for `recall`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "\n".join(json.dumps(_row(sample)) for sample in samples))
+
+
+def recall(path: Path) -> list[Sample] | None:
+    """What `remember` wrote; None if there is no such file."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    return [_sample(json.loads(line)) for line in lines]
+
+
+def _row(sample: Sample) -> list[Any]:
+    b = sample.bucket
+    return [[_media_row(sample.media), [b.width, b.height, b.frames], sample.captions, sample.num_repeats, sample.name,
+             sample.start, sample.flip, sample.caption_dropout, sample.mask and _media_row(sample.mask),
+             [_media_row(control) for control in sample.controls], sample.copy]]  # fmt: skip
+
+
+def _media_row(media: Media) -> list[Any]:
+    s, p = media.source, media.properties
+    return [s.path, s.member, s.offset, s.length, media.digest, p.width, p.height, p.seconds]
+
+
+def _sample(row: list[Any]) -> Sample:
+    media, bucket, captions, repeats, name, start, flip, dropout, mask, controls, copy = row[0]
+    return Sample(_media(media), Bucket(*bucket), tuple(captions), repeats, name, start, flip, dropout,
+                  _media(mask) if mask else None, tuple(map(_media, controls)), copy)  # fmt: skip
+
+
+def _media(row: list[Any]) -> Media:
+    return Media(Source(*row[:4]), row[4], Properties(*row[5:]))

@@ -6,6 +6,7 @@ The order of fields is the order in documentation. Keys are those of the files t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,15 @@ class TrainSettings(Table):
     max_steps: int | None = option(
         None, "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.", ge=1, step=1
     )
-    micro_batch_size_per_gpu: int = option(1, "Pictures that one GPU works on at once.", ge=1, step=1, ui_max=1024)
+    micro_batch_size_per_gpu: int | list[list[int]] = option(
+        1,
+        "Pictures that one GPU works on at once. In a file also [[512, 4], [1024, 1]], by resolution.",
+        step=1,
+        ui_max=1024,
+    )
+    image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None, "The same for pictures among videos. Left out: as for videos.", step=1, ui_max=1024, advanced=True
+    )
     gradient_accumulation_steps: int = option(
         1,
         "Micro-batches that make up one optimizer step; also what fills the pipeline with several stages.",
@@ -199,11 +208,26 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Processes that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."
     )
+
+    uncond_fraction: float = option(
+        0.0,
+        "Share of the times that a picture is trained without its caption, for guidance. Adds to caption_dropout.",
+        ge=0,
+        le=1,
+        step=0.01,
+    )
+    regenerate_cache: bool = option(
+        False, "Encode everything of this dataset again although it is cached.", advanced=True
+    )
+    trust_cache: bool = option(
+        False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
+    )
+    cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
 
     eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
     eval_every_n_epochs: int | None = option(
@@ -231,6 +255,22 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+
+    @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
+    @classmethod
+    def _micro_batch(cls, value: int | list[list[int]] | None) -> int | list[list[int]] | None:
+        pairs = [[1, value]] if isinstance(value, int) else value
+        if pairs is not None and (not pairs or not all(len(pair) == 2 and min(pair) >= 1 for pair in pairs)):
+            raise ValueError(f"must be at least 1, or pairs such as [[512, 4], [1024, 1]], got {value}")
+        return value
+
+    def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
+        """Samples of this size that one GPU works on at once."""
+        value = self.image_micro_batch_size_per_gpu if frames == 1 else None
+        value = value or self.micro_batch_size_per_gpu
+        if isinstance(value, int):
+            return value
+        return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -270,22 +310,8 @@ def _unavailable(settings: TrainSettings) -> list[str]:
     return found
 
 
-class Directory(Table):
-    """One ``[[directory]]``: a folder of pictures with its captions."""
-
-    path: str = option(..., "Folder of pictures; the caption of a.png is a.txt.")
-    num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
-    caption_prefix: str | None = option(None, "Put before every caption of this folder.")
-    resolutions: list[Any] | None = option(None, "As at the top level, for this folder alone.")
-    enable_ar_bucket: bool | None = option(None, "As at the top level, for this folder alone.")
-    min_ar: float | None = option(None, "As at the top level, for this folder alone.", gt=0)
-    max_ar: float | None = option(None, "As at the top level, for this folder alone.", gt=0)
-    num_ar_buckets: int | None = option(None, "As at the top level, for this folder alone.", ge=1)
-    ar_buckets: list[Any] | None = option(None, "As at the top level, for this folder alone.")
-
-
-class DatasetSettings(Table):
-    """The top level of ``dataset.toml``: defaults for all folders, then the folders."""
+class FolderOptions(Table):
+    """What holds for a folder: given at the top of ``dataset.toml`` for all, or in a ``[[directory]]`` for that one."""
 
     resolutions: list[int | list[int]] = option(
         [512],
@@ -301,13 +327,51 @@ class DatasetSettings(Table):
     ar_buckets: list[float | list[int]] | None = option(
         None, "The buckets themselves, as ratios or [width, height] pairs, instead of range and number."
     )
+    size_buckets: list[list[int]] | None = option(
+        None,
+        "The sizes themselves, as [width, height] or [width, height, frames], instead of resolutions, shapes and "
+        "frame_buckets.",
+        advanced=True,
+    )
     frame_buckets: list[int] = option([1], "Lengths that videos are cut to, in frames; 1 is for pictures.")
     num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
+    recursive: bool = option(False, "Also look in the folders inside the folder.")
+    horizontal_flip: bool = option(
+        False, "Train each picture mirrored as often as not. Unfit for text and for what is not symmetric."
+    )
+
     caption_prefix: str = option("", "Put before every caption.")
+    trigger_word: str = option("", "Put before every caption that does not hold it yet; never shuffled or dropped.")
     skip_empty_caption: bool = option(
         False, "Leave out pictures without a caption instead of training them with an empty one."
     )
-    directory: list[Directory] = option(..., "The folders, one [[directory]] each.", min_length=1)
+    shuffle_tags: bool = option(False, "Train captions with their tags in another order.")
+    cache_shuffle_num: int = option(
+        0,
+        "How many variants of each caption are made, by shuffle_tags, tag_dropout and caption_wildcards, and cached; "
+        "each epoch takes another. More than 0 shuffles tags. 0: one if shuffle_tags is on, eight if the others are.",
+        ge=0,
+        le=1000,
+        step=1,
+        advanced=True,
+    )
+    cache_shuffle_delimiter: str = option(", ", "What stands between the tags of a caption.", advanced=True)
+    keep_tokens: int = option(
+        0, "Tags at the start of a caption that are neither shuffled nor dropped.", ge=0, step=1, ui_max=1000
+    )
+    tag_dropout: float = option(0.0, "Share of the tags that each variant of a caption lacks.", ge=0, lt=1, step=0.01)
+    caption_dropout: float = option(
+        0.0, "Share of the times that a picture is trained without its caption.", ge=0, le=1, step=0.01
+    )
+    caption_wildcards: bool = option(False, "In captions, {red|blue} stands for one of the two, another each time.")
+    online_captions: bool = option(
+        False,
+        "Accepted from older files: captions are read anew at every start, and only new ones are encoded.",
+        advanced=True,
+    )
+    shuffle_metadata: bool = option(
+        True, "Accepted from older files: the order is drawn anew from the seed for every epoch.", advanced=True
+    )
 
     @field_validator("resolutions")
     @classmethod
@@ -320,13 +384,105 @@ class DatasetSettings(Table):
             raise ValueError("needs at least one, such as [512]")
         return value
 
+    @field_validator("ar_buckets")
+    @classmethod
+    def _ar_buckets(cls, value: list[Any] | None) -> list[Any] | None:
+        for entry in value or []:
+            sides = entry if isinstance(entry, list) else [entry]
+            if not 1 <= len(sides) <= 2 or min(sides) <= 0:
+                raise ValueError(f"each must be a ratio above 0 or a [width, height] pair, got {entry}")
+        return value
+
+    @field_validator("size_buckets")
+    @classmethod
+    def _size_buckets(cls, value: list[list[int]] | None) -> list[list[int]] | None:
+        for entry in value or []:
+            if len(entry) not in (2, 3) or min(entry[:2]) < 16 or min(entry) < 1:
+                raise ValueError(f"each must be [width, height] or [width, height, frames], got {entry}")
+        return value
+
+    @field_validator("frame_buckets")
+    @classmethod
+    def _frame_buckets(cls, value: list[int]) -> list[int]:
+        if any(frames < 1 for frames in value):
+            raise ValueError(f"each must be at least 1, got {value}")
+        return value
+
+    @field_validator("cache_shuffle_delimiter")
+    @classmethod
+    def _delimiter(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty; ', ' is usual")
+        return value
+
+
+class Directory(FolderOptions):
+    """One ``[[directory]]``: a folder of pictures or videos with its captions.
+
+    Besides these, every option of the top level may be given for this folder alone.
+    """
+
+    path: str = option(..., "Folder of pictures; the caption of a.png is a.txt.")
+    control_path: str | None = option(
+        None, "For edit models: folder of the pictures to start from; the one of a.png is called a, too."
+    )
+    control_paths: list[str] | None = option(
+        None, "For edit models that take several: one folder for each, in order, instead of control_path."
+    )
+    mask_path: str | None = option(
+        None, "Folder of masks; the one of a.png is called a, too. White is trained, black is not."
+    )
+    default_mask_file: str | None = option(None, "The mask of pictures that have none in mask_path.")
+
     @model_validator(mode="after")
-    def _ordered(self) -> DatasetSettings:
-        tables: list[Directory | DatasetSettings] = [self, *self.directory]
+    def _either(self) -> Directory:
+        if self.control_path and self.control_paths:
+            raise ValueError("control_paths: give this or control_path, not both")
+        return self
+
+    @property
+    def controls(self) -> list[str]:
+        """Folders of control pictures, in order."""
+        return self.control_paths or ([self.control_path] if self.control_path else [])
+
+
+class DatasetSettings(FolderOptions):
+    """The top level of ``dataset.toml``: defaults for all folders, then the folders."""
+
+    subsample_ratio: float | None = option(
+        None, "Train this share of the pictures only, always the same ones. Left out: all.", gt=0, le=1, step=0.01
+    )
+    directory: list[Directory] = option(..., "The folders, one [[directory]] each.", min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _image_text(cls, values: Any) -> Any:
+        """``[[image_text]]`` with ``dataset_paths``, as the product documents it, is so many ``[[directory]]``."""
+        if not isinstance(values, dict) or "image_text" not in values:
+            return values
+        tables = values["image_text"]
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            raise ValueError("image_text: must be tables, [[image_text]] with dataset_paths = [...]")
+        found = []
         for table in tables:
-            low, high = table.min_ar or self.min_ar, table.max_ar or self.max_ar
-            if low > high:
-                raise ValueError(f"min_ar: must not be above max_ar, got {low} and {high}")
+            paths, rest = table.get("dataset_paths"), {k: v for k, v in table.items() if k != "dataset_paths"}
+            if not isinstance(paths, list) or not paths:
+                raise ValueError("image_text.dataset_paths: required, a list of folders")
+            if "default_caption_prefix" in rest:
+                rest["caption_prefix"] = rest.pop("default_caption_prefix")
+            found += [{**rest, "path": path} for path in paths]
+        kept = {key: value for key, value in values.items() if key != "image_text"}
+        return kept | {"directory": [*values.get("directory", []), *found]}
+
+    @model_validator(mode="after")
+    def _inherited(self) -> DatasetSettings:
+        """Gives each folder what the top level says and it does not."""
+        shared = self.model_fields_set & set(FolderOptions.model_fields)
+        for directory in self.directory:
+            for key in shared - directory.model_fields_set:
+                setattr(directory, key, getattr(self, key))
+            if directory.min_ar > directory.max_ar:
+                raise ValueError(f"min_ar: must not be above max_ar, got {directory.min_ar} and {directory.max_ar}")
         return self
 
 

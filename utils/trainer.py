@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from torch import nn
 
 from . import attention
 from .adapters import inject, load_existing
+from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import Trained, load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
-from .dataset import MediaIndex, scan
+from .dataset import Sample, recall, remember, scan, scan_name
+from .dataset_report import Report
+from .index import Index
 from .loader import Loader
 from .loop import Loop, Position
 from .metrics import Curves
@@ -25,6 +29,7 @@ from .pipeline import Chain, Engine, build_engine, mean_squared_error, partition
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
+from .sources import printable
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -70,11 +75,14 @@ class Trainer:
         s = self.settings
         self.family.check_files()
         cache = self._prepare_data()
+        if s.cache_only:
+            logger.info("the cache is complete, and cache_only is on: done")
+            self.control.say(state="finished", phase="")
+            return
         engine, trained = self._build()
-        data_ranks = self.world.size // s.pipeline_stages
-        global_batch = s.micro_batch_size_per_gpu * s.gradient_accumulation_steps * data_ranks
-        sampler = Sampler(cache.samples, global_batch, s.seed)
-        total = sum(sampler.num_steps(epoch) for epoch in range(s.epochs))
+        global_batch = self._global_batch(cache.samples[0].bucket)
+        sampler = Sampler(cache.samples, self._global_batch, s.seed)
+        total = sampler.total_steps(s.epochs)
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
@@ -82,10 +90,19 @@ class Trainer:
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
             logger.info("resumed after step %d", position.step)
-        rank = engine.grid.get_data_parallel_rank()
-        loader = Loader(cache, self.family, s.seed, s.micro_batch_size_per_gpu, s.gradient_accumulation_steps, rank)
+        loader = Loader(
+            cache,
+            self.family,
+            s.seed,
+            s.gradient_accumulation_steps,
+            engine.grid.get_data_parallel_rank(),
+            self.world.size // s.pipeline_stages,
+            s.uncond_fraction,
+        )
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
-        self.control.say(state="training", phase="", total_steps=total, step=position.step, epoch=position.epoch)
+        self.control.say(
+            state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch
+        )
         loop = Loop(
             s,
             self.family,
@@ -104,6 +121,12 @@ class Trainer:
         with Curves(folder, s.x_axis_examples, global_batch, position.step if self._resume else None) as curves:
             loop.run(curves)
 
+    def _global_batch(self, bucket: Bucket) -> int:
+        """Samples of one step over all processes."""
+        s = self.settings
+        micro_batch = s.micro_batch(bucket.width, bucket.height, bucket.frames)
+        return micro_batch * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)
+
     def _prepare_data(self) -> Cache:
         s = self.settings
         folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
@@ -111,18 +134,11 @@ class Trainer:
         found: Any = None
         if self.world.rank == 0:
             try:
-                index = MediaIndex(folder / "index.sqlite")
-                samples, report = scan(self.dataset, index, self.family.size_multiple)
-                index.close()
-                report.log()
-                write_whole(
-                    self.folder.path / "dataset_report.json", json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-                )
-                found = samples
-            except (SettingsError, OSError) as error:
+                found = self._scan(folder)
+            except (SettingsError, OSError, Stopped) as error:
                 found = error
-        samples = self.world.share(found)
-        cache = Cache(folder, self.family, samples)
+        samples, report = self.world.share(found)
+        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
         failed = cache.fill(
             self.world.device,
             s.caching_batch_size,
@@ -130,19 +146,51 @@ class Trainer:
             self.world.rank,
             self.world.size,
             self.world.barrier,
+            regenerate=s.regenerate_cache,
+            num_readers=s.map_num_proc,
         )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
-        if unreadable:
-            for path, reason in unreadable.items():
-                logger.warning("left out: %s: %s", path, reason)
-            cache.samples = [sample for sample in cache.samples if sample.path not in unreadable]
-            if not cache.samples:
-                raise SettingsError(
-                    "dataset: no picture could be decoded: " + "; ".join(f"{p}: {r}" for p, r in unreadable.items())
-                )
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        cache.samples = cache.without(unreadable)
+        if self.world.rank == 0:
+            self._report_data(cache, report, unreadable)
+        if not cache.samples:
+            reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
+            raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
         return cache
+
+    def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
+        s = self.settings
+        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
+        samples = recall(last) if s.trust_cache else None
+        if samples is not None:
+            logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
+            report = Report()
+            report.count(samples)
+            return samples, report
+        index = Index(folder / "index.sqlite", forget=s.regenerate_cache)
+        try:
+            samples, report = scan(self.dataset, index, self.family, s.video_clip_mode, self.control.progress)
+        finally:
+            index.close()
+        remember(last, samples)
+        return samples, report
+
+    def _report_data(self, cache: Cache, report: Report, unreadable: dict[str, str]) -> None:
+        s = self.settings
+        report.left_out |= {printable(path): reason for path, reason in unreadable.items()}
+        report.count(cache.samples)
+        sampler = Sampler(cache.samples, self._global_batch, s.seed)
+        report.steps_per_epoch = sampler.num_steps(0)
+        report.total_steps = min(sampler.total_steps(s.epochs), s.max_steps or sys.maxsize)
+        report.cache_bytes = cache.note_use(scan_name(self.dataset, self.family, s.video_clip_mode))
+        report.log()
+        logger.info(
+            "cache: %s for this dataset in %s",
+            f"{report.cache_bytes / 2**20:.0f} MiB",
+            s.cache_dir or "output_dir/cache",
+        )
+        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+        write_whole(self.folder.path / "dataset_report.json", text)
 
     def _build(self) -> tuple[Engine, Trained]:
         s = self.settings
@@ -179,7 +227,7 @@ class Trainer:
             chain,
             optimizer,
             self.world,
-            micro_batch=s.micro_batch_size_per_gpu,
+            micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
             use_graphs=s.cuda_graphs and not s.adapter.dropout,

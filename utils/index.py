@@ -1,0 +1,205 @@
+"""What is known of files, on disk, so that an unchanged file is read only once ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sqlite3
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .media import Properties, Source, UnreadableMedia, picture_properties
+from .video import SUFFIXES as VIDEO_SUFFIXES
+from .video import video_properties
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done and how much there is; may raise to stop."""
+Stamp = tuple[int, int, int]
+"""Size and times of modification and of change of a file; others mean that it may hold something else."""
+
+LARGE = 64 * 2**20
+"""Bytes from which a video is identified by blocks of it: any edit moves what follows it."""
+SETTLED = 2_000_000_000
+"""Nanoseconds after which a file's times are sure to differ when it is written again."""
+BATCH = 2000
+"""Files after which what was learnt is kept, should the process be ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A readable picture or video."""
+
+    source: Source
+    digest: str
+    """Identifies the content."""
+    properties: Properties
+
+
+class Index:
+    """A database of files by folder and name. Several processes may use one at a time."""
+
+    def __init__(self, path: Path, forget: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._forget = forget
+        try:
+            self._db = _connect(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, or the disk is full
+                raise
+            logger.warning("cache: %s is damaged (%s) and will be made again", path, error)
+            for name in (path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")):
+                name.unlink(missing_ok=True)
+            self._db = _connect(path)
+
+    def media(
+        self, folder: str, sources: Iterable[tuple[Source, Stamp]], progress: Progress = lambda *_: None
+    ) -> Iterator[tuple[Source, Media | str]]:
+        """Each source of ``folder`` as `Media`, or why it is none; reads the new and changed ones."""
+        known = {} if self._forget else self._known("media", folder)
+        entries, fresh = list(sources), 0
+        new = sum(_name(source, folder) not in known for source, _ in entries)
+
+        def look(entry: tuple[Source, Stamp]) -> tuple[Source, Sequence[Any], bool]:
+            source, stamp = entry
+            row = known.get(_name(source, folder))
+            return (source, row[3:], False) if row and tuple(row[:3]) == stamp else (source, _examine(source), True)
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            rows: list[tuple[Any, ...]] = []
+            for start in range(0, len(entries), BATCH):
+                part = entries[start : start + BATCH]
+                for (source, row, read), (_, stamp) in zip(pool.map(look, part), part, strict=True):
+                    if read:
+                        fresh += 1
+                        if _settled(stamp) and not str(row[4]).startswith("cannot be read"):
+                            rows.append((_storable(folder), _name(source, folder), *stamp, *row))
+                        if fresh % 500 == 0:
+                            progress("reading new files", fresh, max(new, fresh))
+                    digest, width, height, seconds, problem = row
+                    yield source, problem or Media(source, digest, Properties(width, height, seconds))
+                self._keep("media", rows)
+                rows = []
+
+    def texts(
+        self, folder: str, files: Iterable[tuple[str, Stamp]], read: Callable[[str], str]
+    ) -> Iterator[tuple[str, str]]:
+        """The path and text of each file of ``folder``, by ``read`` where it is new or has changed."""
+        known = {} if self._forget else self._known("texts", folder)
+        rows: list[tuple[Any, ...]] = []
+        for path, stamp in files:
+            name = _name(Source(path), folder)
+            row = known.get(name)
+            if row and tuple(row[:3]) == stamp:
+                yield path, row[3]
+                continue
+            text = read(path)
+            if _settled(stamp):
+                rows.append((_storable(folder), name, *stamp, text))
+            yield path, text
+        self._keep("texts", rows)
+
+    def close(self) -> None:
+        """Releases the database file."""
+        self._db.close()
+
+    def _known(self, table: str, folder: str) -> dict[bytes, tuple[Any, ...]]:
+        rows = self._db.execute(f"SELECT * FROM {table} WHERE folder = ?", (_storable(folder),))
+        return {row[1]: row[2:] for row in rows}
+
+    def _keep(self, table: str, rows: list[tuple[Any, ...]]) -> None:
+        if rows:
+            marks = ",".join("?" * len(rows[0]))
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", rows)
+            self._db.execute("COMMIT")
+
+
+def stamp_of(stat: os.stat_result) -> Stamp:
+    """What changes when a file is written, replaced or moved over."""
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def archive_members(path: str) -> str:
+    """The files in an uncompressed .tar, as JSON: a list of [name, offset, length, text or None].
+
+    Captions are read along; pictures only listed. A damaged archive gives a JSON text, the reason.
+    """
+    found: list[list[Any]] = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isreg() and not member.sparse:
+                    is_text = member.name.lower().endswith(".txt") and member.size <= 2**20
+                    file = archive.extractfile(member) if is_text else None
+                    text = file.read().decode("utf-8-sig", "surrogateescape") if file else None
+                    found.append([member.name, member.offset_data, member.size, text])
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        if not found:
+            return json.dumps(f"not a readable .tar archive: {error}")
+        logger.warning("%s: damaged after %d files: %s", path, len(found), error)
+    return json.dumps(found)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    with suppress(sqlite3.OperationalError):  # some network file systems cannot
+        database.execute("PRAGMA journal_mode=WAL")
+    stamp = "folder BLOB, name BLOB, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER"
+    database.execute(
+        f"CREATE TABLE IF NOT EXISTS media ({stamp}, digest TEXT, width INTEGER, height INTEGER, seconds REAL, "
+        "problem TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID"
+    )
+    database.execute(f"CREATE TABLE IF NOT EXISTS texts ({stamp}, text TEXT, PRIMARY KEY (folder, name)) WITHOUT ROWID")
+    return database
+
+
+def _examine(source: Source) -> list[Any]:
+    """Digest, width, height, seconds and problem."""
+    is_video = os.path.splitext(source.name)[1].lower() in VIDEO_SUFFIXES
+    try:
+        digest = _digest(source, is_video)
+        found = video_properties(source) if is_video else picture_properties(source)
+        return [digest, found.width, found.height, found.seconds, None]
+    except OSError as error:
+        return ["", 0, 0, None, f"cannot be read: {error.strerror or error}"]
+    except UnreadableMedia as problem:
+        return ["", 0, 0, None, str(problem)]
+
+
+def _digest(source: Source, is_video: bool) -> str:
+    with source.open() as file:
+        digest = hashlib.blake2b(digest_size=16)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if not is_video or size <= LARGE:
+            while block := file.read(2**20):
+                digest.update(block)
+            return digest.hexdigest()
+        digest.update(f"{size};".encode())
+        for part in range(64):
+            file.seek(part * (size - 2**16) // 63)
+            digest.update(file.read(2**16))
+        return digest.hexdigest()
+
+
+def _settled(stamp: Stamp) -> bool:
+    return time.time_ns() - max(stamp[1:]) > SETTLED
+
+
+def _name(source: Source, folder: str) -> bytes:
+    return _storable(str(source).removeprefix(folder))
+
+
+def _storable(text: str) -> bytes:
+    """SQLite takes no text that is not UTF-8; names of files may be such."""
+    return os.fsencode(text)
