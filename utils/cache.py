@@ -117,19 +117,15 @@ class Cache:
     def load(self, sample: Sample, view: View) -> Encoded | None:
         """A sample's values; None when a file is missing or damaged."""
         media = self._media.get(self.media_key(sample.media, sample.bucket, sample.start, view.flip))
-        text: dict[str, torch.Tensor] = {}
-        for name, store in self._texts.items():
-            value = store.get(self.text_key(name, view.caption, sample.controls))
-            if value is None:
-                return None
-            text |= value
+        # All are read before any is missed: reading is what notices damage and removes it.
+        texts = [store.get(self.text_key(name, view.caption, sample.controls)) for name, store in self._texts.items()]
         mask = self._masks.get(self.mask_key(sample, view.flip)) if sample.mask else {"mask": None}
         still = Bucket(sample.bucket.width, sample.bucket.height)
-        found = (self._media.get(self.media_key(control, still, None, view.flip)) for control in sample.controls)
-        controls = tuple(control for control in found if control is not None)
-        if media is None or mask is None or len(controls) < len(sample.controls):
+        controls = [self._media.get(self.media_key(c, still, None, view.flip)) for c in sample.controls]
+        if media is None or mask is None or any(part is None for part in (*texts, *controls)):
             return None
-        return Encoded(media, text, mask["mask"], controls)
+        text = {name: tensor for part in texts for name, tensor in (part or {}).items()}
+        return Encoded(media, text, mask["mask"], tuple(control for control in controls if control is not None))
 
     def remake(self, sample: Sample) -> None:
         """Makes on the CPU what is missing of one sample, while the GPU trains.
