@@ -70,7 +70,7 @@ def video(
     """A video whose n-th frame, shown from ``times[n]`` on, is as bright as 8 * (n % 32)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream: Any = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 20_000_000
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         for number, time in enumerate(times):
