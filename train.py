@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .utils.pipeline import World
     from .utils.run_folder import RunFolder
     from .utils.settings import DatasetSettings, TrainSettings
+    from .utils.world import World
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "diffusion_trainer"
@@ -123,8 +123,8 @@ def prune_cache(settings: TrainSettings, days: float) -> int:
 
 def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
     """Joins the other processes and trains."""
-    pipeline, trainer = _module("utils.pipeline"), _module("utils.trainer")
-    world: World = pipeline.join_world()
+    trainer = _module("utils.trainer")
+    world: World = _module("utils.world").join_world()
     _log_to_stderr(world.rank)
     resume = (
         arguments.resume_from_checkpoint
@@ -138,8 +138,12 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
             run_folder = _module("utils.run_folder").RunFolder(found)
             if arguments.run_dir is None:
                 trainer.prepare_folder(settings, dataset, run_folder)
-        except (_module("utils.config").SettingsError, OSError) as error:
+        except _module("utils.config").SettingsError as error:
             found = error
+        except OSError as error:
+            found = _module("utils.config").SettingsError(
+                f"output_dir: '{settings.output_dir}' cannot be written ({error.strerror}); choose another folder"
+            )
     folder = _module("utils.run_folder").RunFolder(world.share(found))
     if world.rank == 0 and arguments.run_dir is None:
         _log_to_file(folder.log)

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,10 +61,10 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     from diffusion_trainer.utils.dataset import Sample
     from diffusion_trainer.utils.index import Media
     from diffusion_trainer.utils.media import Properties, Source
-    from diffusion_trainer.utils.pipeline import join_world
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
-    from diffusion_trainer.utils.trainer import Trainer
+    from diffusion_trainer.utils.trainer import Trainer, prepare_folder
+    from diffusion_trainer.utils.world import join_world
 
     class RandomFlux(Flux):
         def check_files(self) -> None: ...
@@ -91,23 +89,18 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
             )
 
     class Benchmark(Trainer):
-        seconds: ClassVar[list[float]] = []
         profiler: Any = None
 
         def _prepare_data(self) -> Any:
             return RandomCache()
 
-        def _report(self, *report: Any) -> None:
-            super()._report(*report)
-            if self.world.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter())
+        def _build(self) -> Any:
+            engine, trained = super()._build()
             if self.profiler:
-                self.profiler.start() if len(self.seconds) == 1 else self.profiler.step()
-
-        def _export(self, *unused: Any) -> None: ...
-
-        def _checkpoint(self, *unused: Any) -> None: ...
+                self.profiler.start()
+                run = engine.train_batch
+                engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
+            return engine, trained
 
     values = {
         "output_dir": str(folder),
@@ -124,13 +117,23 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         (values[table] if table else values)[name] = value
     settings = parse_train_settings(values)
     dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
-    trainer = Benchmark(settings, dataset, join_world(), RunFolder.create(folder))
+    run = RunFolder.create(folder)
+    prepare_folder(settings, dataset, run)
+    trainer = Benchmark(settings, dataset, join_world(), run)
     trainer.family = RandomFlux(settings.model)
     if arguments.profile:
         trainer.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)
         )
     return trainer
+
+
+def read_steps(run: Path) -> list[float]:
+    """Seconds of each step, from TensorBoard's log."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return [point.value for point in events.Scalars("train/step_seconds")]
 
 
 def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
@@ -143,22 +146,19 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(arguments, changes, Path(folder))
         trainer.run()
+        seconds = read_steps(trainer.folder.path)[max(3, arguments.steps // 3) :]
     if arguments.profile:
         rows = [row for row in trainer.profiler.key_averages() if row.self_device_time_total and "Step" not in row.key]
         for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:60]:
             print(f"{row.self_device_time_total / 2000:8.2f} ms {row.count // 2:5} x  {row.key[:90]}", file=sys.stderr)
-    stamps = trainer.seconds
-    warm = stamps[max(3, len(stamps) // 3) :]
-    steps = sorted(b - a for a, b in itertools.pairwise(warm))
     cuda = torch.cuda.is_available()
     return {
         "setting": setting or "default",
-        "seconds": (warm[-1] - warm[0]) / (len(warm) - 1),
-        "median": steps[len(steps) // 2],
+        "seconds": sum(seconds) / len(seconds),
+        "median": sorted(seconds)[len(seconds) // 2],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
-        "loss": trainer.status.loss,
-        "first_step": stamps[1] - stamps[0],
+        "loss": trainer.control.status.loss,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
 

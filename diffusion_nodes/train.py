@@ -21,7 +21,7 @@ from ..utils.config import SettingsError, write_toml
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
-from ..utils.settings import as_toml, parse_dataset_settings, parse_train_settings
+from ..utils.settings import as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ def _run_to_resume(output_dir: Path, asked: str) -> RunFolder:
 def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked: str, share_gpu: bool) -> launch.Run:
     num_gpus = int(train["number_of_gpus"])
     _check_machine(num_gpus)
+    family_of(parse_train_settings(train)).check_files()
     output_dir = Path(train["output_dir"])
     try:
         folder = _run_to_resume(output_dir, asked) if asked else RunFolder.create(output_dir)
@@ -250,7 +251,7 @@ def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None
     text = f"{outcome or 'running'}: step {status.step} of {status.total_steps}"
     if outcome and status.first_loss is not None and status.loss is not None:
         text += f", loss {status.first_loss:.3g} → {status.loss:.3g}"
-    comfy.progress_text(f"{text}\n{lora or run.path}", node_id)
+    comfy.progress_text(f"{text}\n{Path(lora or run.path).name}", node_id)  # a whole path does not fit the node
     return text, log_tail(run.folder.log, since=run.log_start), run.path, lora
 
 

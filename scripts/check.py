@@ -13,6 +13,11 @@ from pathlib import Path
 
 from environment import ROOT, prepare
 
+TYPED = [
+    *(part for name in ("utils", "models", "diffusion_nodes") for part in ("-p", f"diffusion_trainer.{name}")),
+    *(part for name in ("nodes", "train") for part in ("-m", f"diffusion_trainer.{name}")),
+]
+
 
 def main() -> int:
     """Runs every check even after one failed; returns how many failed."""
@@ -24,7 +29,7 @@ def main() -> int:
         checks = {
             "ruff": [python, "-m", "ruff", "check", "."],
             "ruff format": [python, "-m", "ruff", "format", "--check", "."],
-            "mypy": [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", "diffusion_trainer"],
+            "mypy": [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *TYPED],
             "pytest": [python, "-m", "pytest", *sys.argv[1:]],
         }
         for name, command in checks.items():

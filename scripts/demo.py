@@ -87,7 +87,7 @@ def compare_pictures(run: Path, lora: Path, target: Path) -> float:
 
     settings = load_train_settings(run / "train.toml")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = FluxPipeline.from_pretrained(settings.model.diffusers_path, torch_dtype=torch.float32).to(device)
+    pipe = FluxPipeline.from_pretrained(settings.model.diffusers_path, dtype=torch.float32).to(device)
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
         "prompt": "a red circle on a plain ground",
@@ -111,7 +111,7 @@ def main(base: Path) -> None:
 
     write_inputs(base)
     print(f"running {WORKFLOW.name}; its log is train.log in the run folder", flush=True)
-    results = run_file(WORKFLOW, base)
+    results = run_file(WORKFLOW, base, {"11.survive_restart": False})  # TensorBoard ends with the demo
     trained = next(result for result in results.values() if result.class_type == "Train")
     run, lora = Path(trained.outputs[2]), Path(trained.outputs[3])
     losses = read_losses(run)

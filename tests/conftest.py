@@ -1,10 +1,13 @@
 """Imports the package under its fixed name, whatever the clone is called."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniatures; threads that wait for each other crawl on a busy machine
 
 ROOT = Path(__file__).resolve().parent.parent
 if "diffusion_trainer" not in sys.modules:

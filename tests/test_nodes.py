@@ -96,7 +96,7 @@ def test_advanced_and_general_settings_arrive():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"blocks_to_swap": 20}, "blocks_to_swap: blocks cannot be swapped yet"),
+        ({"blocks_to_swap": 10}, "blocks_to_swap: blocks cannot be swapped yet"),
         ({"eval_datasets": "a.toml\nb.toml"}, "eval_datasets: evaluation is not available yet"),
         ({"advanced": {"pseudo_huber_c": 0.1}}, "pseudo_huber_c: not available yet"),
         ({"adapter": {"adapter_type": "none"}}, "adapter: training all weights is not available yet"),

@@ -13,12 +13,20 @@ from diffusion_trainer.diffusion_nodes import comfy, monitor
 from diffusion_trainer.diffusion_nodes import train as node
 from diffusion_trainer.diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
 from diffusion_trainer.diffusion_nodes.train import Train, describe
+from diffusion_trainer.models import families
 from diffusion_trainer.utils import launch, tensorboard
 from diffusion_trainer.utils.config import SettingsError, read_toml
 from diffusion_trainer.utils.processes import ProcessError, free_port, members
 from diffusion_trainer.utils.run_folder import RunFolder, Status
 
 SCRIPT = Path(__file__).with_name("trainer_script.py")
+MODEL: dict[str, Any] = {}
+"""The [model] table of a miniature; written when the first test wants it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory: pytest.TempPathFactory) -> None:
+    MODEL.update(families()["flux"].write_miniature(tmp_path_factory.mktemp("models") / "it's flux"))
 
 
 @pytest.fixture
@@ -57,7 +65,7 @@ def behave(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def train_config(**values: Any) -> dict[str, Any]:
-    return {"output_dir": "output/training", "model": {"type": "flux", "diffusers_path": "/models/it's flux"},
+    return {"output_dir": "output/training", "model": MODEL,
             "adapter": {"type": "lora", "rank": 4}, "optimizer": {"type": "adamw", "lr": 1e-3}} | values  # fmt: skip
 
 
@@ -88,7 +96,7 @@ def test_trains_and_publishes(base: Path, behave: Callable[..., None], caplog: p
     written = read_toml(run.train_toml)
     assert written["dataset"] == str(run.dataset_toml)
     assert written["output_dir"] == str(run.path.parent)
-    assert written["model"]["diffusers_path"] == "/models/it's flux"
+    assert written["model"]["diffusers_path"] == MODEL["diffusers_path"]
     assert read_toml(run.dataset_toml)["directory"][0]["path"] == str(base / "input" / "pics")
     assert lora == str(base / "output" / "loras" / f"{run.path.name}.safetensors")
     assert Path(lora).read_bytes() == b"weights of " + run.path.name.encode()
@@ -183,6 +191,10 @@ def test_failure_raises_with_cause(base: Path, behave: Callable[..., None]) -> N
         ({"config": train_config(epocs=3)}, "epocs: unknown option; did you mean 'epochs'"),
         ({"dataset": {"directory": [{"path": "x", "num_repeats": 0}]}}, "num_repeats: must be more than 0"),
         ({"config": train_config(output_dir="/proc/nowhere")}, "output_dir: '/proc/nowhere' cannot be written"),
+        (
+            {"config": train_config(model={"type": "flux", "diffusers_path": "/no/flux"})},
+            "model.diffusers_path: '/no/flux' does not exist",
+        ),
         ({"resume": "latest"}, "resume: no run in .* has a checkpoint; choose 'new run'"),
         ({"resume": "latest", "resume_from_checkpoint": "20260101_00-00-00"}, "contradict each other"),
     ],

@@ -83,9 +83,10 @@ for step in range(1, todo["steps"] + 1):
         sys.exit(1)
     if step == todo.get("kill_rank_at", {}).get(str(rank)):
         os.kill(os.getpid(), signal.SIGKILL)
-    if (run / "save_quit").exists() and not todo.get("stubborn"):
-        if rank == 0:
-            (run / "save_quit").unlink()
+    if rank and (run / "status.json").exists() and '"stopped"' in (run / "status.json").read_text():
+        sys.exit(0)
+    if rank == 0 and (run / "save_quit").exists() and not todo.get("stubborn"):
+        (run / "save_quit").unlink()
         save_and_exit()
 status(
     "finished",

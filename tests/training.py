@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
-from diffusion_trainer.utils.pipeline import World, join_world
 from diffusion_trainer.utils.run_folder import Command, RunFolder
 from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
 from diffusion_trainer.utils.trainer import Trainer, prepare_folder
+from diffusion_trainer.utils.world import World, join_world
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -33,8 +34,8 @@ class LoraLinear(PeftLinear):
     def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         """The layer's output with the update added; shapes as for ``nn.Linear``."""
         layer, scaling = self.base_layer, self.scaling[NAME]
-        down = self.lora_A[NAME].weight.to(x.dtype)
-        up = self.lora_B[NAME].weight.to(x.dtype)
+        down = _weight(self.lora_A).to(x.dtype)
+        up = _weight(self.lora_B).to(x.dtype)
         up = up if scaling == 1.0 else up * scaling  # the small matrix instead of the large output
         if self.training and isinstance(self.lora_dropout[NAME], nn.Dropout):
             return layer(x) + F.linear(F.linear(self.lora_dropout[NAME](x), down), up)
@@ -54,7 +55,7 @@ def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn
     names = target_names(denoiser, family, settings)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=alpha_of(settings),
+        lora_alpha=alpha_of(settings),  # type: ignore[arg-type]  # peft only divides it by the rank
         lora_dropout=settings.dropout,
         target_modules=names,
         init_lora_weights=False,
@@ -62,7 +63,7 @@ def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn
     config._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(config, denoiser, adapter_name=NAME)
     for name, module in lora_layers(denoiser).items():
-        down, up = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+        down, up = _weight(module.lora_A), _weight(module.lora_B)
         bound = 1 / math.sqrt(down.shape[1])  # what kaiming_uniform with a = sqrt(5) comes to
         values = torch.rand(down.shape, generator=generator("lora", seed, name)) * 2 * bound - bound
         module.lora_A[NAME].weight = nn.Parameter(values.to(down.device))
@@ -95,6 +96,11 @@ def _named(option: str, endings: list[str], linear: set[str]) -> set[str]:
             )
         found |= matches
     return found
+
+
+def _weight(layers: nn.ModuleDict) -> torch.Tensor:
+    """Of our adapter, among those that peft can hold."""
+    return cast(nn.Linear, layers[NAME]).weight
 
 
 def lora_layers(denoiser: nn.Module) -> dict[str, LoraLinear]:

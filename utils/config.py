@@ -57,7 +57,7 @@ def option(
         constraints: pydantic's own (``ge``, ``gt``, ``le``, ``alias`` ...).
     """
     widget = {"step": step, "advanced": advanced, "multiline": multiline, "picker": picker, "ui_max": ui_max}
-    extra = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}}
+    extra: Any = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 

@@ -113,7 +113,7 @@ def build_optimizer(
     if kind is torch.optim.AdamW:
         arguments = {"fused": device.type == "cuda"} | arguments
     plain = list(parameters)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in plain if p.ndim > 1]},
         {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
     ]

@@ -2,7 +2,6 @@
 
 Quirks of DeepSpeed 0.19.8 that are met here, each at its place:
 
-* ``CPU``: it compiles a shared-memory collective at start, which needs a compiler; gloo does the same work.
 * ``backward``: a stage runs backward once per output tensor; here once for all.
 * ``buffers``: receive buffers ignore the dtype and every float must carry a gradient; here each message
   says shape, dtype and whether a gradient will come back, so any tensor may travel.
@@ -15,21 +14,14 @@ Quirks of DeepSpeed 0.19.8 that are met here, each at its place:
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import logging
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, ClassVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -40,7 +32,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
 from .config import SettingsError
+from .gradients import Gradients
 from .graphs import StepGraphs
+from .world import World
 
 logger = logging.getLogger(__name__)
 
@@ -56,77 +50,6 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all of the run."""
-
-    rank: int
-    size: int
-    device: torch.device
-    control: Any
-    """A gloo group of all ranks, for small messages between CPUs."""
-
-    def barrier(self) -> None:
-        """Waits for all ranks."""
-        dist.barrier(group=self.control)
-
-    def share(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. An exception that rank 0 gives is raised on all."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        if isinstance(box[0], BaseException):
-            raise box[0]
-        return box[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def highest(self, value: int) -> int:
-        """The largest value that any rank gives."""
-        tensor = torch.tensor([value])
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
-        return int(tensor.item())
-
-
-def join_world() -> World:
-    """Joins the processes that a launcher started (DeepSpeed's, torchrun), or makes a world of one."""
-    defaults = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    # quirk CPU; "import ... as" would find the torch that deepspeed.comm imports
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-    accelerator = get_accelerator()
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:  # ranks share the cores instead of each starting a thread on all of them
-        torch.set_num_threads(
-            max(
-                1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            )
-        )
-    # Caching and loading may take an hour on one rank while the others wait.
-    deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
-    control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Link(nn.Module):
@@ -212,48 +135,16 @@ def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequ
     return list(partition_balanced(weights, num_stages))
 
 
-class Gradients:
-    """The gradients of some parameters in one piece of memory per dtype: emptied, reduced and measured at once."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._flat: list[torch.Tensor] = []
-        for dtype in dict.fromkeys(p.dtype for p in parameters):
-            group = [p for p in parameters if p.dtype == dtype]
-            flat = torch.zeros(sum(p.numel() for p in group), dtype=dtype, device=group[0].device)
-            for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
-                parameter.grad = part.view_as(parameter)
-            self._flat.append(flat)
-
-    def zero(self) -> None:
-        """Sets all to zero."""
-        for flat in self._flat:
-            flat.zero_()
-
-    def average(self, group: Any) -> None:
-        """The mean over the ranks of ``group``."""
-        for flat in self._flat:
-            dist.all_reduce(flat, group=group)
-            flat /= dist.get_world_size(group)
-
-    def squared_norm(self, device: torch.device) -> torch.Tensor:
-        """The square of their length, float32, without dimension."""
-        norms = [torch.linalg.vector_norm(flat, dtype=torch.float32).square() for flat in self._flat]
-        return torch.stack(norms).sum() if norms else torch.zeros((), device=device)
-
-    def scale(self, factor: torch.Tensor) -> None:
-        """Multiplies all by ``factor``."""
-        for flat in self._flat:
-            flat.mul_(factor)
-
-
 class Engine(PipelineEngine):
     """DeepSpeed's pipeline engine with its own schedule, and our messages between stages."""
 
     control: Any = None
     max_norm: float = 0.0
     grads: Gradients
+    total_loss: torch.Tensor | None
     grad_layer: list[torch.Tensor] | None
-    _norm: torch.Tensor
+    grad_norm: torch.Tensor
+    """Length of the last step's gradient before clipping, on the device."""
     _graphs: StepGraphs | None = None
 
     def prepare(self, world: World, max_norm: float, use_graphs: bool) -> None:
@@ -371,22 +262,19 @@ class Engine(PipelineEngine):
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         source = self.grid.stage_to_global(self.next_stage)
-        self.grad_layer = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
-        for grad in self.grad_layer:
+        grads = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
+        for grad in grads:
             dist.recv(grad, source)
+        self.grad_layer = grads
 
     def clip_fp32_gradients(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
         square = self.grads.squared_norm(self.device)
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
-        self._norm = square.sqrt()
+        self.grad_norm = square.sqrt()
         if self.max_norm > 0:
-            self.grads.scale((self.max_norm / (self._norm + 1e-6)).clamp(max=1.0))
-
-    def last_grad_norm(self) -> float:
-        """Length of the last step's gradient before clipping."""
-        return float(self._norm)
+            self.grads.scale((self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **PipelineEngine._INSTRUCTION_MAP,

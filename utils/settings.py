@@ -151,7 +151,8 @@ class TrainSettings(Table):
     )
     activation_checkpointing: bool | Literal["unsloth"] = option(
         True,
-        "Recompute each block in the backward pass instead of keeping it all: much less memory, a third more time.",
+        "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more "
+        "time.",
     )
     reentrant_activation_checkpointing: bool = option(
         False,

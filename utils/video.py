@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import av
 import torch
 from PIL import Image
 
 from .buckets import Bucket
+from .imports import lazy
 from .media import Properties, Source, UnreadableMedia, as_tensor, fitted, red, refuse_tiny
+
+if TYPE_CHECKING:
+    import av
+else:
+    av = lazy("av")  # brings all of ffmpeg, and most datasets have no video
 
 SUFFIXES = frozenset({
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".3gp",

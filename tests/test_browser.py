@@ -1,0 +1,75 @@
+"""The example workflow in ComfyUI's page, in headless Chromium; PLAYWRIGHT_DIR holds playwright-core."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui import EXAMPLE, ComfyUI, write_inputs
+from diffusion_trainer.scripts.headless import node_classes
+from diffusion_trainer.scripts.workflow import to_prompt
+
+NEEDED = {"COMFYUI_DIR", "COMFYUI_PYTHON", "PLAYWRIGHT_DIR"}
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not os.environ.keys() >= NEEDED, reason=f"set {', '.join(sorted(NEEDED))}"),
+    pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js"),
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    base = tmp_path_factory.mktemp("ComfyUI")
+    write_inputs(base)
+    server = ComfyUI(base)
+    server.start()
+    yield server
+    server.end()
+
+
+def look(server: ComfyUI, workflow: Path, *flags: str) -> dict[str, Any]:
+    """What browser.mjs sees of a workflow."""
+    script = Path(__file__).with_name("browser.mjs")
+    picture = workflow.with_suffix(".png")
+    done = subprocess.run(["node", str(script), server.url, str(workflow), str(picture), *flags],
+                          capture_output=True, text=True, timeout=400, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(picture)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("flags", [(), ("--vue",)], ids=["canvas", "Nodes 2.0"])
+def test_example_opens_with_its_values(server: ComfyUI, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    document = json.loads(EXAMPLE.read_text("utf-8"))
+    (optimizer,) = [node for node in document["nodes"] if node["type"] == "OptimizerConfigNode"]
+    optimizer["widgets_values"][1] = 0.00001
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text(json.dumps(document))
+    seen = look(server, workflow, *flags)
+    assert (seen["missing"], seen["errors"]) == ([], [])
+    numbers = {float(text) for text in seen["drawn"] if re.fullmatch(r"-?[\d.]*\d(e-?\d+)?", text)}
+    wanted = to_prompt(document, node_classes())
+    for node_id, node in wanted.items():
+        shown = seen["widgets"][node_id]
+        for name, value in node["inputs"].items():
+            if not isinstance(value, list):
+                assert shown[name] == value, f"{node['class_type']}.{name}"
+            if isinstance(value, float) and not flags:  # Nodes 2.0 folds advanced inputs away
+                assert value in numbers, f"{node['class_type']}.{name} is not shown as {value}"
+    assert 0.00001 in numbers
+
+
+def test_example_runs_from_the_page(server: ComfyUI, tmp_path: Path) -> None:
+    document = json.loads(EXAMPLE.read_text("utf-8"))
+    (monitor,) = [node for node in document["nodes"] if node["type"] == "TensorBoardMonitor"]
+    monitor["widgets_values"][4] = False  # it ends with ComfyUI
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text(json.dumps(document))
+    seen = look(server, workflow, "--run", "300")
+    assert (seen["outcome"], seen["errors"]) == ("success", [])
+    assert (server.run_folders()[-1] / "status.json").exists()

@@ -1,0 +1,87 @@
+"""The processes of a run and what they say to each other besides training."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: Any
+    """A gloo group of all ranks, for small messages between CPUs."""
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier(group=self.control)
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. An exception that rank 0 gives is raised on all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def highest(self, value: int) -> int:
+        """The largest value that any rank gives."""
+        tensor = torch.tensor([value])
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return int(tensor.item())
+
+
+def join_world() -> World:
+    """Joins the processes that a launcher started (DeepSpeed's, torchrun), or makes a world of one."""
+    defaults = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    # On the CPU DeepSpeed 0.19.8 compiles a shared-memory collective at start, which needs a compiler; gloo does
+    # the same work. ("import ... as" would find the torch that deepspeed.comm imports.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+    accelerator = get_accelerator()
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:  # ranks share the cores instead of each starting a thread on all of them
+        torch.set_num_threads(
+            max(
+                1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            )
+        )
+    # Caching and loading may take an hour on one rank while the others wait.
+    deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
+    control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
