@@ -10,6 +10,7 @@ from .diffusion_nodes.config import (
     OptimizerConfigNode,
 )
 from .diffusion_nodes.dataset import ArBucketsNode, FrameBucketsNode, GeneralDatasetConfig, GeneralDatasetPathNode
+from .diffusion_nodes.dataset_preview import DatasetPreview
 from .diffusion_nodes.model import model_nodes
 from .diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
 from .diffusion_nodes.train import Train
@@ -19,6 +20,7 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "GeneralDatasetPathNode": GeneralDatasetPathNode,
     "FrameBucketsNode": FrameBucketsNode,
     "ArBucketsNode": ArBucketsNode,
+    "DatasetPreview": DatasetPreview,
     **model_nodes(),
     "GeneralConfig": GeneralConfig,
     "AdvancedTrainConfig": AdvancedTrainConfig,
@@ -35,6 +37,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "GeneralDatasetPathNode": "General Dataset Path",
     "FrameBucketsNode": "Frame Buckets",
     "ArBucketsNode": "Aspect Ratio Buckets",
+    "DatasetPreview": "Dataset Preview",
     "FluxModelNode": "Flux Model",
     "GeneralConfig": "General Training Config",
     "AdvancedTrainConfig": "Advanced Training Config",

@@ -1,6 +1,7 @@
 """The trainer's entry: arguments, settings, Trainer(settings).run().
 
 Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, by torchrun, or alone.
+``python train.py --config train.toml --prune_cache`` removes from the cache what is no longer used.
 """
 
 from __future__ import annotations
@@ -54,6 +55,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="go on from the newest run, or from the run folder of this name below output_dir",
     )
+    parser.add_argument("--regenerate_cache", action="store_true", help="encode this dataset again")
+    parser.add_argument("--trust_cache", action="store_true", help="take the dataset as it was found last time")
+    parser.add_argument("--cache_only", action="store_true", help="fill the cache and stop")
+    parser.add_argument(
+        "--prune_cache",
+        nargs="?",
+        const=30.0,
+        type=float,
+        metavar="DAYS",
+        help="remove from the cache what no dataset has used in so many days (30), and stop",
+    )
     parser.add_argument("--run_dir", type=Path, help="use this run folder instead of a new one in output_dir")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     parser.add_argument("--deepspeed", action="store_true", help="accepted, as the launcher's examples pass it")
@@ -75,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
             if dataset is not None:
                 print(f"# dataset\n{tomli_w.dumps(as_toml(dataset))}")
             return 0
+        if arguments.prune_cache is not None:
+            return prune_cache(settings, arguments.prune_cache)
         if dataset is None:
             raise config.SettingsError("dataset: name the dataset's TOML, or put dataset.toml beside the train.toml")
         return train(arguments, settings, dataset)
@@ -87,6 +101,8 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
     """Settings of the run; the dataset's are None with --check_config when its file is not there."""
     settings_module, config = _module("utils.settings"), _module("utils.config")
     settings = settings_module.load_train_settings(arguments.config)
+    flags = {name: True for name in ("regenerate_cache", "trust_cache", "cache_only") if getattr(arguments, name)}
+    settings = settings.model_copy(update=flags)
     named = arguments.dataset or settings.dataset
     path = Path(named).expanduser() if named else arguments.config.parent / "dataset.toml"
     if not path.is_file() and (arguments.check_config or not named):
@@ -95,6 +111,14 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
         return settings, settings_module.parse_dataset_settings(config.read_toml(path))
     except config.SettingsError as error:
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
+
+
+def prune_cache(settings: TrainSettings, days: float) -> int:
+    """Removes from the cache folder of these settings what no dataset has used in ``days`` days."""
+    folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
+    count, size = _module("utils.store").prune(folder, days)
+    print(f"{folder}: {count} files removed, {size / 2**20:.0f} MiB")
+    return 0
 
 
 def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:

@@ -49,6 +49,7 @@ class Buckets:
     def __init__(self, options: FolderOptions, grid: Grid) -> None:
         self._ratios, self._areas = aspect_ratios(options), areas(options)
         self._grid = grid
+        self._chosen: dict[tuple[int, int, int], list[Bucket]] = {}
         lengths = {grid.length(frames) for frames in options.frame_buckets if frames > 1}
         self._lengths = sorted(length for length in lengths if length > 1)
         self._sizes = [_size_bucket(entry, grid) for entry in options.size_buckets or []]
@@ -58,6 +59,12 @@ class Buckets:
 
         A video never goes to a bucket of pictures.
         """
+        key = width, height, frames
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(*key)
+        return self._chosen[key]
+
+    def _choose(self, width: int, height: int, frames: int) -> list[Bucket]:
         ratio = width / height
         if self._sizes:
             nearest = sorted(self._sizes, key=lambda size: _distance(size.width / size.height, ratio))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import logging
 import os
 from collections import deque
@@ -84,6 +83,7 @@ class Cache:
         """``uncond``: the empty caption is needed for every sample, not only for those that may lose theirs."""
         self._folder, self._family, self._uncond = folder, family, uncond
         self.samples = list(samples)
+        self._jobs: list[tuple[Store, dict[str, int], list[str]]] = []
         self._vae_identity = family.identity("vae")
         self._text_identity = {name: family.identity(name) for name in family.text_encoders}
         root = folder / family.config.type
@@ -117,19 +117,15 @@ class Cache:
     def load(self, sample: Sample, view: View) -> Encoded | None:
         """A sample's values; None when a file is missing or damaged."""
         media = self._media.get(self.media_key(sample.media, sample.bucket, sample.start, view.flip))
-        text: dict[str, torch.Tensor] = {}
-        for name, store in self._texts.items():
-            value = store.get(self.text_key(name, view.caption, sample.controls))
-            if value is None:
-                return None
-            text |= value
+        # All are read before any is missed: reading is what notices damage and removes it.
+        texts = [store.get(self.text_key(name, view.caption, sample.controls)) for name, store in self._texts.items()]
         mask = self._masks.get(self.mask_key(sample, view.flip)) if sample.mask else {"mask": None}
         still = Bucket(sample.bucket.width, sample.bucket.height)
-        found = (self._media.get(self.media_key(control, still, None, view.flip)) for control in sample.controls)
-        controls = tuple(control for control in found if control is not None)
-        if media is None or mask is None or len(controls) < len(sample.controls):
+        controls = [self._media.get(self.media_key(c, still, None, view.flip)) for c in sample.controls]
+        if media is None or mask is None or any(part is None for part in (*texts, *controls)):
             return None
-        return Encoded(media, text, mask["mask"], controls)
+        text = {name: tensor for part in texts for name, tensor in (part or {}).items()}
+        return Encoded(media, text, mask["mask"], tuple(control for control in controls if control is not None))
 
     def remake(self, sample: Sample) -> None:
         """Makes on the CPU what is missing of one sample, while the GPU trains.
@@ -171,32 +167,38 @@ class Cache:
             Files that could not be decoded, with the reason (this process's share).
         """
         work = _Work(self._family, device, batch_size, progress, num_readers or min(8, os.cpu_count() or 1), regenerate)
-        pictures, masks = self._picture_jobs(), self._mask_jobs()
-        share = _share(pictures, self._media, regenerate, rank, world)
-        failed = work.media(self._media, share) if share else {}
+        failed: dict[str, str] = {}
+        self._jobs.clear()
+
+        def share(store: Store, jobs: dict[str, T]) -> dict[str, T]:
+            """What this process does: by key, so that processes which look at other times leave no gap."""
+            if rank == 0:
+                store.sweep()
+            present = {} if regenerate else store.sizes()
+            self._jobs.append((store, present, list(jobs)))
+            return {key: job for key, job in jobs.items() if key not in present and int(key[:8], 16) % world == rank}
+
+        if pictures := share(self._media, self._picture_jobs()):
+            failed |= work.media(self._media, pictures)
         barrier()
-        share = _share(masks, self._masks, regenerate, rank, world)
-        failed |= work.masks(self._masks, share) if share else {}
+        if masks := share(self._masks, self._mask_jobs()):
+            failed |= work.masks(self._masks, masks)
         barrier()
         for name, store in self._texts.items():
-            texts = _share(self._text_jobs(name), store, regenerate, rank, world)
-            if texts:
+            if texts := share(store, self._text_jobs(name)):
                 work.texts(name, store, texts)
             barrier()
         return failed
 
-    def keys(self) -> dict[Store, set[str]]:
-        """All keys of this dataset, by the store that they are in."""
-        texts = {store: set(self._text_jobs(name)) for name, store in self._texts.items()}
-        return {self._media: set(self._picture_jobs()), self._masks: set(self._mask_jobs()), **texts}
-
     def note_use(self, name: str) -> int:
-        """Keeps what the dataset ``name`` uses, for pruning; returns its bytes."""
-        keys = self.keys()
+        """Keeps what the dataset ``name`` uses since `fill`, for pruning; returns its bytes."""
         identity = _key(name, self._vae_identity, *self._text_identity.values())
-        Uses(self._folder).note(identity, set().union(*keys.values()))
-        sizes = ((store.sizes(), used) for store, used in keys.items())
-        return sum(size for found, used in sizes for key, size in found.items() if key in used)
+        Uses(self._folder).note(identity, (key for *_, keys in self._jobs for key in keys))
+        total = 0
+        for store, before, keys in self._jobs:
+            sizes = before if all(key in before for key in keys) else store.sizes()
+            total += sum(sizes.get(key, 0) for key in keys)
+        return total
 
     def _picture_jobs(self) -> dict[str, _Picture]:
         jobs = {}
@@ -371,14 +373,6 @@ def mask_on_grid(mask_FHW: torch.Tensor, grid: tuple[int, int, int], first_alone
     return torch.cat([shrink(mask_FHW[:1], 1), shrink(mask_FHW[1:], grid[0] - 1)])
 
 
-def _share(jobs: dict[str, T], store: Store, regenerate: bool, rank: int, world: int) -> dict[str, T]:
-    """What this process does of ``jobs``: by key, so that processes which look at other times leave no gap."""
-    if rank == 0:
-        store.sweep()
-    present = {} if regenerate else store.sizes()
-    return {key: job for key, job in jobs.items() if key not in present and int(key[:8], 16) % world == rank}
-
-
 def _ahead(
     pool: ThreadPoolExecutor, read: Callable[[T], Any], groups: list[list[T]], at_once: int
 ) -> Iterator[tuple[list[T], list[Any]]]:
@@ -400,4 +394,5 @@ def _groups(items: Sequence[T], size: int) -> list[list[T]]:
 
 
 def _key(*parts: object) -> str:
-    return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=20).hexdigest()
+    text = repr([str(part) for part in parts])
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()

@@ -149,20 +149,17 @@ class _Folder:
             self._report.without_caption.append(printable(str(item.source)))
             if self._options.skip_empty_caption:
                 raise _LeftOut("no caption, and skip_empty_caption is on")
-        base = Sample(
-            media=media,
-            bucket=Bucket(0, 0),
-            captions=tuple(dict.fromkeys(v for text in texts or [""] for v in variants(text, self._options))),
-            num_repeats=self._options.num_repeats,
-            name=item.name,
-            flip=self._options.horizontal_flip,
-            caption_dropout=self._options.caption_dropout,
-            mask=mask if isinstance(mask, Media) else None,
-            controls=tuple(part for part in controls if isinstance(part, Media)),
-        )
+        options = self._options
+        captions = tuple(dict.fromkeys(v for text in texts or [""] for v in variants(text, options)))
+        own_mask = mask if isinstance(mask, Media) else None
+        own_controls = tuple(part for part in controls if isinstance(part, Media))
         places = self._places(media.properties)
         self._report.add(media, [bucket for bucket, _ in places])
-        return [replace(base, bucket=bucket, start=start) for bucket, start in places]
+        return [
+            Sample(media, bucket, captions, options.num_repeats, item.name, start, options.horizontal_flip,
+                   options.caption_dropout, own_mask, own_controls)
+            for bucket, start in places
+        ]  # fmt: skip
 
     def _places(self, found: Properties) -> list[tuple[Bucket, float | None]]:
         """Bucket and start of each sample that a picture or video makes."""

@@ -67,7 +67,7 @@ class Report:
 
     def count(self, samples: Sequence[Sample]) -> None:
         """Counts the samples by bucket."""
-        self.samples, self.buckets = len(samples), {}
+        self.samples, self.buckets, self.masks, self.controls = len(samples), {}, 0, 0
         for sample in samples:
             found, bucket = sample.media.properties, sample.bucket
             entry = self.buckets.setdefault(str(bucket), BucketReport())

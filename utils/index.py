@@ -9,7 +9,7 @@ import os
 import sqlite3
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,26 +69,28 @@ class Index:
         entries, fresh = list(sources), 0
         new = sum(_name(source, folder) not in known for source, _ in entries)
 
-        def look(entry: tuple[Source, Stamp]) -> tuple[Source, Sequence[Any], bool]:
-            source, stamp = entry
-            row = known.get(_name(source, folder))
-            return (source, row[3:], False) if row and tuple(row[:3]) == stamp else (source, _examine(source), True)
-
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            rows: list[tuple[Any, ...]] = []
             for start in range(0, len(entries), BATCH):
                 part = entries[start : start + BATCH]
-                for (source, row, read), (_, stamp) in zip(pool.map(look, part), part, strict=True):
-                    if read:
+                rows = [known.get(_name(source, folder)) for source, _ in part]
+                waiting = {
+                    source: pool.submit(_examine, source)
+                    for (source, stamp), row in zip(part, rows, strict=True)
+                    if row is None or row[:3] != stamp
+                }
+                learnt = []
+                for (source, stamp), row in zip(part, rows, strict=True):
+                    if source in waiting:
+                        row = (*stamp, *waiting[source].result())
                         fresh += 1
-                        if _settled(stamp) and not str(row[4]).startswith("cannot be read"):
-                            rows.append((_storable(folder), _name(source, folder), *stamp, *row))
+                        if _settled(stamp) and not str(row[7]).startswith("cannot be read"):
+                            learnt.append((_storable(folder), _name(source, folder), *row))
                         if fresh % 500 == 0:
                             progress("reading new files", fresh, max(new, fresh))
-                    digest, width, height, seconds, problem = row
+                    assert row is not None
+                    digest, width, height, seconds, problem = row[3:]
                     yield source, problem or Media(source, digest, Properties(width, height, seconds))
-                self._keep("media", rows)
-                rows = []
+                self._keep("media", learnt)
 
     def texts(
         self, folder: str, files: Iterable[tuple[str, Stamp]], read: Callable[[str], str]

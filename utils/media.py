@@ -86,10 +86,19 @@ def picture_properties(source: Source) -> Properties:
     """
     with source.open() as file, _opened(file) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in TURNED:
+        if _turned(image):
             width, height = height, width
     refuse_tiny(width, height)
     return Properties(width, height)
+
+
+def _turned(image: Image.Image) -> bool:
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode it all to look behind the pixels
+        return False
+    try:
+        return image.getexif().get(0x0112, 1) in TURNED
+    except Exception as error:  # Pillow's parsers raise anything on damaged bytes
+        raise UnreadableMedia(f"cannot be decoded: {_reason(error)}") from error
 
 
 def refuse_tiny(width: int, height: int) -> None:

@@ -196,7 +196,8 @@ def _set_captions(item: Item, texts: list[str]) -> None:
         for text in texts:
             if text.startswith("\0"):
                 raise captions.UnusableCaption(text[1:])
-            captions.decode(os.fsencode(text), "text")  # archives and lists may hold anything
+            if not text.isascii() or len(text) > captions.LONGEST:  # archives and lists may hold anything
+                captions.decode(text.encode("utf-8", "surrogateescape"), "text")
     except captions.UnusableCaption as problem:
         item.problem = str(problem)
     item.captions = [text.strip() for text in texts]

@@ -97,12 +97,18 @@ class Store:
                     if _abandoned(path):
                         path.unlink()
 
-    def prune(self, used: set[str]) -> tuple[int, int]:
-        """Removes the values whose keys are not in ``used``; how many, and how many bytes."""
-        unused = {key: size for key, size in self.sizes().items() if key not in used}
-        for key in unused:
-            self.path(key).unlink(missing_ok=True)
-        return len(unused), sum(unused.values())
+    def prune(self, used: set[str], min_age: float) -> tuple[int, int]:
+        """Removes the values whose keys are not in ``used`` and that are older than so many seconds.
+
+        Returns:
+            How many, and how many bytes.
+        """
+        count = freed = 0
+        for key, size in self.sizes().items():
+            if key not in used and time.time() - self.path(key).stat().st_mtime >= min_age:
+                self.path(key).unlink(missing_ok=True)
+                count, freed = count + 1, freed + size
+        return count, freed
 
 
 class Uses:
@@ -130,15 +136,19 @@ class Uses:
         return found
 
 
-def prune(cache: Path, days: float) -> tuple[int, int]:
-    """Removes from a cache folder what no dataset used in ``days`` days; how many files and bytes."""
+def prune(cache: Path, days: float, min_age: float = 6 * 3600) -> tuple[int, int]:
+    """Removes from a cache folder what no dataset used in ``days`` days; how many files and bytes.
+
+    What is younger than ``min_age`` seconds stays: a training that fills the cache now has not said yet
+    what it uses.
+    """
     used, count, size = Uses(cache).keys(days), 0, 0
     for family in _folders(cache):
         for folder in _folders(Path(family)):
             if folder.name == "media" or folder.name.startswith(("text-", "mask")):
                 store = Store(Path(folder))
                 store.sweep()
-                removed, freed = store.prune(used)
+                removed, freed = store.prune(used, min_age)
                 count, size = count + removed, size + freed
     return count, size
 
