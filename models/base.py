@@ -26,8 +26,12 @@ from ..utils.imports import lazy
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from ..utils import storage as stored
+    from ..utils.storage import Storage
 else:
     torch = lazy("torch")
+    stored = lazy(__name__.split(".models.")[0] + ".utils.storage")
 
 StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
 
@@ -139,6 +143,14 @@ class Family(ABC):
     def dtype(self) -> torch.dtype:
         """The precision that the model computes in."""
         return getattr(torch, self.config.dtype)
+
+    @property
+    def storage(self) -> Storage | None:
+        """How the denoiser's linear layers are stored; None: at `dtype`."""
+        name = self.config.transformer_dtype
+        if name in (None, self.config.dtype):
+            return None
+        return stored.Storage(getattr(torch, "float8_e4m3fn" if name == "float8" else str(name)), self.high_precision)
 
     # -- files ------------------------------------------------------------------------------------
 

@@ -313,7 +313,8 @@ class Flux(Family):
         if self.config.bypass_guidance_embedding:
             config = {**config, "guidance_embeds": False}
         denoiser = build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
-        fill(denoiser, weights.read if is_folder else partial(read_bfl, weights), self.dtype, device)
+        read = weights.read if is_folder else partial(read_bfl, weights)
+        fill(denoiser, read, self.dtype, device, storage=self.storage)
         return denoiser
 
     def layers(self, denoiser: Any) -> list[Layer]:

@@ -39,7 +39,9 @@ class LoraLinear(PeftLinear):
         up = up if scaling == 1.0 else up * scaling  # the small matrix instead of the large output
         if self.training and isinstance(self.lora_dropout[NAME], nn.Dropout):
             return layer(x) + F.linear(F.linear(self.lora_dropout[NAME](x), down), up)
-        output, _ = lora_linear(x.flatten(0, -2), layer.weight, layer.bias, down, up)
+        output, _ = lora_linear(
+            x.flatten(0, -2), layer.weight, getattr(layer, "weight_scale", None), layer.bias, down, up
+        )
         return output.view(*x.shape[:-1], output.shape[-1])
 
 

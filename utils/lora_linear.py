@@ -16,52 +16,71 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from .storage import convert
+
 
 @torch.library.custom_op("diffusion_trainer::lora_linear", mutates_args=())
 def lora_linear(
-    x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
+    x_MI: Tensor, weight_OI: Tensor, scale_O1: Tensor | None, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x W' + b + (x D') U'`` and the inner ``x D'`` (M, R), all in the dtype of ``x_MI``."""
+    """``x W' + b + (x D') U'`` and the inner ``x D'`` (M, R), all in the dtype of ``x_MI``; W may be stored
+    in another dtype, with a scale for each output."""
     inner_MR = x_MI @ down_RI.t()
-    output_MO = F.linear(x_MI, weight_OI, bias_O)
+    output_MO = F.linear(x_MI, convert(weight_OI, scale_O1, x_MI.dtype), bias_O)
     return output_MO.addmm_(inner_MR, up_OR.t()), inner_MR
 
 
 @torch.library.custom_op("diffusion_trainer::lora_linear_backward", mutates_args=())
 def lora_linear_backward(
-    grad_MO: Tensor, x_MI: Tensor, inner_MR: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, needs_x: bool
+    grad_MO: Tensor,
+    x_MI: Tensor,
+    inner_MR: Tensor,
+    weight_OI: Tensor,
+    scale_O1: Tensor | None,
+    down_RI: Tensor,
+    up_OR: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty unless ``needs_x``), D and U."""
     grad_inner_MR = grad_MO @ up_OR
     grad_x_MI = grad_MO.new_empty(0)
     if needs_x:
-        grad_x_MI = (grad_MO @ weight_OI).addmm_(grad_inner_MR, down_RI)
+        grad_x_MI = (grad_MO @ convert(weight_OI, scale_O1, grad_MO.dtype)).addmm_(grad_inner_MR, down_RI)
     return grad_x_MI, grad_inner_MR.t() @ x_MI, grad_MO.t() @ inner_MR
 
 
 @lora_linear.register_fake
-def _(x_MI: Tensor, weight_OI: Tensor, bias_O: Any, down_RI: Tensor, up_OR: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    x_MI: Tensor, weight_OI: Tensor, scale_O1: Any, bias_O: Any, down_RI: Tensor, up_OR: Tensor
+) -> tuple[Tensor, Tensor]:
     return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0]), x_MI.new_empty(x_MI.shape[0], down_RI.shape[0])
 
 
 @lora_linear_backward.register_fake
 def _(
-    grad_MO: Tensor, x_MI: Tensor, inner_MR: Tensor, weight_OI: Tensor, down_RI: Tensor, up_OR: Tensor, needs_x: bool
+    grad_MO: Tensor,
+    x_MI: Tensor,
+    inner_MR: Tensor,
+    weight_OI: Tensor,
+    scale_O1: Tensor | None,
+    down_RI: Tensor,
+    up_OR: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x_MI.new_empty(x_MI.shape if needs_x else (0,)), torch.empty_like(down_RI), torch.empty_like(up_OR)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MI, weight_OI, _, down_RI, up_OR = inputs
-    ctx.save_for_backward(x_MI, output[1], weight_OI, down_RI, up_OR)
+    x_MI, weight_OI, scale_O1, _, down_RI, up_OR = inputs
+    ctx.save_for_backward(x_MI, output[1], weight_OI, scale_O1, down_RI, up_OR)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_MO: Tensor, _inner: Any) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-    x_MI, inner_MR, weight_OI, down_RI, up_OR = ctx.saved_tensors
+def _backward(ctx: Any, grad_MO: Tensor, _inner: Any) -> tuple[Tensor | None, None, None, None, Tensor, Tensor]:
+    x_MI, *rest = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_down, grad_up = lora_linear_backward(grad_MO, x_MI, inner_MR, weight_OI, down_RI, up_OR, needs_x)
-    return grad_x if needs_x else None, None, None, grad_down, grad_up
+    grad_x, grad_down, grad_up = lora_linear_backward(grad_MO, x_MI, *rest, needs_x)
+    return grad_x if needs_x else None, None, None, None, grad_down, grad_up
 
 
 lora_linear.register_autograd(_backward, setup_context=_save)
@@ -69,7 +88,7 @@ lora_linear.register_autograd(_backward, setup_context=_save)
 
 # What recomputing them costs, for torch.compile to decide what to keep.
 @register_flop_formula(torch.ops.diffusion_trainer.lora_linear)
-def _flops(x_MI: Any, weight_OI: Any, bias_O: Any, down_RI: Any, up_OR: Any, *unused: Any, **shapes: Any) -> int:
+def _flops(x_MI: Any, weight_OI: Any, scale_O1: Any, bias_O: Any, down_RI: Any, *unused: Any, **shapes: Any) -> int:
     (rows, inputs), outputs, rank = x_MI, weight_OI[0], down_RI[0]
     return 2 * rows * (inputs * outputs + rank * (inputs + outputs))
 

@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     import safetensors
     import torch
     from torch import nn
+
+    from . import storage as stored
+    from .storage import Storage
 else:
     accelerate, safetensors, torch, nn = (lazy(name) for name in ("accelerate", "safetensors", "torch", "torch.nn"))
+    stored = lazy(__name__.rpartition(".")[0] + ".storage")
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SCALES = (".scale_weight", ".weight_scale")
@@ -170,6 +174,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     float32: tuple[str, ...] = (),
+    storage: Storage | None = None,
 ) -> None:
     """Gives each parameter of a module from `build` its value, one tensor at a time.
 
@@ -178,17 +183,25 @@ def fill(
     Args:
         read: The value of a parameter, by its name in ``module``.
         float32: Parameters with one of these in their name are kept in float32.
+        storage: How linear layers are stored; left out: in ``dtype``.
 
     Raises:
         SettingsError: From ``read``.
         ValueError: A value has another shape than its parameter.
     """
     filled: dict[nn.Parameter, nn.Parameter] = {}
+    if storage:
+        stored.use_storage(module, storage)
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if parameter not in filled:
             value = read(name)
             if value.shape != parameter.shape:
                 raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+            layer = module.get_submodule(name.rpartition(".")[0])
+            if storage and isinstance(layer, stored.StoredLinear) and name.endswith(".weight"):
+                layer.store(value.to(device), storage.dtype)
+                filled[parameter] = layer.weight
+                continue
             precision = torch.float32 if any(part in name for part in float32) else dtype
             # A copy even where nothing changes: the value may be a view of the mapped file.
             filled[parameter] = nn.Parameter(value.to(device, precision, copy=True).contiguous())
