@@ -33,14 +33,16 @@ class StoredLinear(nn.Linear):
         """As ``nn.Linear``."""
         return _FrozenLinear.apply(input, self.weight, self.weight_scale, self.bias)
 
-    def store(self, value_OI: Tensor, dtype: torch.dtype) -> None:
-        """Takes over a weight: as it is, or as float8 values times the largest of each row over float8's largest."""
+    def store(self, value_OI: Tensor, dtype: torch.dtype) -> nn.Parameter:
+        """Takes over a weight, as float8 with each row scaled to float8's range; returns the stored parameter."""
         self.weight_scale = None
         if dtype.itemsize == 1:
             largest = value_OI.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
             self.weight_scale = largest / torch.finfo(dtype).max
             value_OI = value_OI.float() / self.weight_scale
-        self.weight = nn.Parameter(value_OI.to(dtype), requires_grad=False)
+        parameter = nn.Parameter(value_OI.to(dtype), requires_grad=False)
+        self.weight = parameter
+        return parameter
 
 
 def convert(weight_OI: Tensor, scale_O1: Tensor | None, dtype: torch.dtype) -> Tensor:

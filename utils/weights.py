@@ -199,12 +199,11 @@ def fill(
                 raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
             layer = module.get_submodule(name.rpartition(".")[0])
             if storage and isinstance(layer, stored.StoredLinear) and name.endswith(".weight"):
-                layer.store(value.to(device), storage.dtype)
-                filled[parameter] = layer.weight
-                continue
-            precision = torch.float32 if any(part in name for part in float32) else dtype
-            # A copy even where nothing changes: the value may be a view of the mapped file.
-            filled[parameter] = nn.Parameter(value.to(device, precision, copy=True).contiguous())
+                filled[parameter] = layer.store(value.to(device), storage.dtype)
+            else:
+                precision = torch.float32 if any(part in name for part in float32) else dtype
+                # A copy even where nothing changes: the value may be a view of the mapped file.
+                filled[parameter] = nn.Parameter(value.to(device, precision, copy=True).contiguous())
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, filled[parameter])
     for name, buffer in list(module.named_buffers()):
