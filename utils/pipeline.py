@@ -327,9 +327,3 @@ def as_micro_batches(
     """Batches in the form that the engine reads."""
     for batch in batches:
         yield batch.inputs, (batch.target, batch.weight)
-
-
-def mean_squared_error(prediction: torch.Tensor, label: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean over all elements of weight times squared error, in float32."""
-    target, weight = label
-    return ((prediction.float() - target.float()).square() * weight).mean()

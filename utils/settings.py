@@ -247,6 +247,15 @@ class TrainSettings(Table):
         1, "Steps between two points of the curves.", ge=1, step=1, ui_max=100000, advanced=True
     )
     x_axis_examples: bool = option(False, "Curves over pictures seen instead of steps.", advanced=True)
+    loss: Literal["mse", "l1"] = option(
+        "mse", "Squared error, or its plain size, which minds outliers less.", advanced=True
+    )
+    huber_delta: float | None = option(
+        None, "Use the Huber loss: squared below this error, linear above.", gt=0, step=0.01, advanced=True
+    )
+    smooth_l1_beta: float | None = option(
+        None, "Use the smooth L1 loss: squared below this error, linear above.", gt=0, step=0.01, advanced=True
+    )
     pseudo_huber_c: float | None = option(
         None, "Use the pseudo-Huber loss with this c. Left out: the mean squared error.", gt=0, step=0.01, advanced=True
     )
@@ -280,6 +289,9 @@ class TrainSettings(Table):
                 f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
                 f"pipeline_stages, got {self.partition_split}"
             )
+        losses = [key for key in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, key)]
+        if len(losses) > 1:
+            problems.append(f"{losses[1]}: only one loss can be used; leave out this or {losses[0]}")
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
@@ -301,8 +313,6 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
-    if settings.pseudo_huber_c:
-        found.append("pseudo_huber_c: not available yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     if settings.adapter is None:

@@ -23,9 +23,10 @@ from .dataset_report import Report
 from .index import Index
 from .loader import Loader
 from .loop import Loop, Position
+from .losses import loss_for
 from .metrics import Curves
 from .optimizers import build_optimizer
-from .pipeline import Chain, Engine, build_engine, mean_squared_error, partition
+from .pipeline import Chain, Engine, build_engine, partition
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
@@ -210,7 +211,7 @@ class Trainer:
             layers,
             s.pipeline_stages,
             bounds,
-            mean_squared_error,
+            loss_for(s),
             checkpointing=bool(s.activation_checkpointing),
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
