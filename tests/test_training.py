@@ -56,12 +56,12 @@ def test_overfits_one_picture(bench: Bench, tmp_path: Path) -> None:
         dataset={"resolutions": [64], "directory": [{"path": str(folder), "num_repeats": 8}]},
         epochs=60,
         micro_batch_size_per_gpu=8,
-        adapter={"rank": 16},
+        adapter={"rank": 16, "target_modules": ["x_embedder", "proj_out", "ff.net.0.proj", "ff.net.2", "to_v"]},
         optimizer={"lr": 2e-2},
         activation_checkpointing=False,
     )
     losses = result.curve("epoch_loss")
-    assert sum(losses[-5:]) / 5 < 0.8 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
 
 
 def test_same_seed_same_bits_other_seed_not(bench: Bench, plain: Result) -> None:
