@@ -122,6 +122,8 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, down_RI: Tensor | None, up_OR: Tensor | None) -> Tensor:
         output: Tensor = layer.base(x.detach())
+        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         if down_RI is None or up_OR is None:
             return output
@@ -226,6 +228,9 @@ def attached(
             shape = shape_of(module)
             assert shape is not None
             put(module, "forward", Layer(module, shape, adapters.get(name)))
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
+                put(module, "forward", partial(_on_copies, module.forward))
         if checkpointing:
             for block in blocks(model):
                 put(block, "forward", partial(_recomputed, block.forward))
@@ -276,7 +281,8 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Many blocks add to their input in place; what is computed again must start from the same input."""
+    """Models add to their residual in place, although a norm before it needs it as it was for its gradient, and a
+    block that is computed again must start from the same input."""
     return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
 
 
