@@ -11,6 +11,13 @@ from .diffusion_nodes.config import (
 )
 from .diffusion_nodes.dataset import ArBucketsNode, FrameBucketsNode, GeneralDatasetConfig, GeneralDatasetPathNode
 from .diffusion_nodes.dataset_preview import DatasetPreview
+from .diffusion_nodes.image_set_nodes import (
+    LoadCaptionedImageSetNode,
+    LoadImageSetFromFolderNode,
+    LoadImageSetNode,
+)
+from .diffusion_nodes.lora_nodes import LoadTrainedLoRANode, SaveTrainedLoRANode, TrainLoRANode
+from .diffusion_nodes.loss_plot import PlotTrainingLossNode
 from .diffusion_nodes.model import model_nodes
 from .diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
 from .diffusion_nodes.train import Train
@@ -30,6 +37,13 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {
     "Train": Train,
     "TensorBoardMonitor": TensorBoardMonitor,
     "OutputDirPassthrough": OutputDirPassthrough,
+    "LoadImageSetNode": LoadImageSetNode,
+    "LoadImageSetFromFolderNode": LoadImageSetFromFolderNode,
+    "LoadCaptionedImageSetNode": LoadCaptionedImageSetNode,
+    "TrainLoRANode": TrainLoRANode,
+    "SaveTrainedLoRANode": SaveTrainedLoRANode,
+    "LoadTrainedLoRANode": LoadTrainedLoRANode,
+    "PlotTrainingLossNode": PlotTrainingLossNode,
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -47,4 +61,11 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "Train": "Start Training",
     "TensorBoardMonitor": "TensorBoard Monitor",
     "OutputDirPassthrough": "Output Directory Passthrough",
+    "LoadImageSetNode": "Load Image Set",
+    "LoadImageSetFromFolderNode": "Load Image Set From Folder",
+    "LoadCaptionedImageSetNode": "Load Captioned Image Set",
+    "TrainLoRANode": "Train LoRA",
+    "SaveTrainedLoRANode": "Save Trained LoRA",
+    "LoadTrainedLoRANode": "Load Trained LoRA",
+    "PlotTrainingLossNode": "Plot Training Loss",
 }

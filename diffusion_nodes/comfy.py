@@ -132,10 +132,15 @@ def model_path(kind: str, name: str) -> Path | None:
 # -- what a node tells and asks while it runs ------------------------------------------------------------
 
 
-def progress(node_id: str | None, done: int, total: int) -> None:
-    """Shows ``done`` of ``total`` on the node and in ComfyUI's progress bar. May raise Cancel."""
+def progress(node_id: str | None, done: int, total: int, picture: Any = None) -> None:
+    """Shows ``done`` of ``total`` on the node and in ComfyUI's progress bar. May raise Cancel.
+
+    Args:
+        picture: A Pillow image to show on the node meanwhile.
+    """
     if inside():
-        _module("comfy.utils").ProgressBar(total, node_id=node_id).update_absolute(done, total)
+        preview = None if picture is None else ("JPEG", picture, 512)
+        _module("comfy.utils").ProgressBar(total, node_id=node_id).update_absolute(done, total, preview)
 
 
 def progress_text(text: str, node_id: str | None) -> None:

@@ -1,0 +1,290 @@
+"""Frozen layers of a ComfyUI model that gradients pass through, with adapters added while it runs.
+
+ComfyUI's weights cannot take part in autograd as they are: they were made under inference mode, may lie in
+system RAM, be float8 or quantised, and may be streamed. So each linear layer and convolution computes its own
+forward, whatever that is, outside autograd; its backward asks the layer for its weight again. That keeps no
+copy of a weight between forward and backward and computes no gradient of any. Everything that is put into the
+model is taken out again, in reverse order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .lora_adapters import Adapter, Lora, Shape
+
+_INPUT_GRADIENTS = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)
+_MISSING = object()
+
+
+# -- which layers ----------------------------------------------------------------------------------------------
+
+
+def shape_of(module: nn.Module) -> Shape | None:
+    """The shape of a layer that can carry an adapter; None for any other module."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+            return None  # autograd goes through these itself
+        return Shape(module.out_channels, module.in_channels, tuple(module.kernel_size), tuple(module.stride),
+                     module.padding, tuple(module.dilation))  # fmt: skip
+    # A quantised linear layer of ComfyUI is no nn.Linear.
+    if isinstance(module, nn.Linear) or (type(module).__name__ == "Linear" and hasattr(module, "in_features")):
+        return Shape(int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    return None
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of the denoiser that can carry an adapter, by its name in the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith("diffusion_model.") and shape_of(module) is not None
+    }
+
+
+def targets(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
+    """The layers that ``patterns`` choose.
+
+    Args:
+        patterns: Shell patterns of names below ``diffusion_model``; any part of the name may match. One that
+            begins with ``-`` takes layers away. None at all: the linear layers of the repeated blocks; in a
+            U-Net those of its attention, with the projections around them.
+    """
+    wanted = [pattern for pattern in patterns if not pattern.startswith("-")]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("-")]
+    found = {}
+    for name, module in layers(model).items():
+        short = name.removeprefix("diffusion_model.")
+        chosen = any(_matches(short, pattern) for pattern in wanted) if wanted else _is_usual(model, name, module)
+        if chosen and not any(_matches(short, pattern) for pattern in unwanted):
+            found[name] = module
+    return found
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*{pattern}*")
+
+
+def _is_usual(model: nn.Module, name: str, module: nn.Module) -> bool:
+    if math.prod(shape_of(module).kernel) != 1:  # type: ignore[union-attr]  # layers only
+        return False
+    if hasattr(model.diffusion_model, "input_blocks"):
+        return ".transformer_blocks." in name or name.endswith((".proj_in", ".proj_out"))
+    return any(part.isdigit() for part in name.split("."))
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What gradient checkpointing recomputes piece by piece: the outermost repeated blocks.
+
+    A U-Net calls the children of its blocks, not the blocks, and the deep ones hold transformer blocks.
+    """
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList):
+                for block in child:
+                    inner = _parts(block)
+                    found.extend(inner if inner else [block])
+            elif isinstance(child, nn.Sequential):
+                found.extend(_parts(child))
+            else:
+                visit(child)
+
+    visit(model.diffusion_model)  # type: ignore[arg-type]
+    return [block for block in found if shape_of(block) is None and next(block.parameters(), None) is not None]
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    if not isinstance(block, nn.Sequential):
+        return []
+    return [
+        part for child in block.children() for part in (getattr(child, "transformer_blocks", None) or [child])
+        if not isinstance(part, nn.Identity)
+    ]  # fmt: skip
+
+
+# -- one layer -------------------------------------------------------------------------------------------------
+
+
+class _Frozen(torch.autograd.Function):
+    """A layer's own forward, and the gradient of its input from its weight; a LoRA of it in the same stroke."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, down_RI: Tensor | None, up_OR: Tensor | None) -> Tensor:
+        output: Tensor = layer.base(x.detach())
+        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
+        if down_RI is None or up_OR is None:
+            return output
+        rows_MI, down = x.reshape(-1, x.shape[-1]), down_RI.to(x.dtype)
+        inner_MR = rows_MI @ down.t()
+        up = (up_OR * layer.scale).to(x.dtype)
+        added = output.view(-1, output.shape[-1])
+        if output.dtype == x.dtype:
+            added.addmm_(inner_MR, up.t())
+        else:
+            added.add_(inner_MR @ up.t())
+        ctx.save_for_backward(rows_MI, inner_MR, down_RI, up_OR)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
+        layer: Layer = ctx.layer
+        needs_x = ctx.needs_input_grad[0]
+        grad = grad.to(ctx.dtype)
+        saved = ctx.saved_tensors
+        if not saved:
+            return (layer.input_gradient(grad, ctx.size) if needs_x else None), None, None, None
+        rows_MI, inner_MR, down_RI, up_OR = saved
+        grad_MO = grad.reshape(-1, grad.shape[-1])
+        grad_inner_MR = grad_MO @ (up_OR * layer.scale).to(grad.dtype)
+        grad_x = None
+        if needs_x:
+            grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
+            grad_x = grad_x.addmm_(grad_inner_MR, down_RI.to(grad.dtype)).reshape(ctx.size)
+        grad_up = (grad_MO.t() @ inner_MR).float().mul_(layer.scale)
+        return grad_x, None, (grad_inner_MR.t() @ rows_MI).float(), grad_up
+
+
+class Layer:
+    """A frozen layer and its adapter, if it has one."""
+
+    def __init__(self, module: nn.Module, shape: Shape, adapter: Adapter | None) -> None:
+        self.module, self.shape, self.adapter = module, shape, adapter
+        self.base = module.forward
+        fused = isinstance(adapter, Lora) and not shape.kernel
+        self.lora: Lora | None = adapter if fused else None  # type: ignore[assignment]
+        self.scale = adapter.scale if adapter is not None else 1.0
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What stands in for the module's ``forward``."""
+        if args or kwargs or type(x) is not Tensor or not torch.is_grad_enabled():
+            return self.base(x, *args, **kwargs)  # calls with more than an input have meanings of their own
+        if self.lora is not None:
+            return _Frozen.apply(x, self, self.lora.down, self.lora.up)
+        output = _Frozen.apply(x, self, None, None) if x.requires_grad else self.base(x)
+        return output if self.adapter is None else output + self.adapter(x).to(output.dtype)
+
+    def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The layer's weight as it takes part in the computation, dequantised if need be."""
+        module: Any = self.module
+        plain = getattr(module, "weight", None)
+        ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
+        if ready and not getattr(module, "weight_function", None):
+            return plain
+        cast = getattr(module, "cast_bias_weight", None)  # GGUF layers have their own
+        if cast is None:
+            import comfy.ops
+
+            cast = partial(comfy.ops.cast_bias_weight, module)
+        weight = cast(dtype=dtype, device=device, bias_dtype=dtype)[0]
+        weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
+        return weight.to(dtype)
+
+    def input_gradient(self, grad: Tensor, size: Any) -> Tensor:
+        """Gradient of an input of ``size`` from that of the output."""
+        weight = self.weight(grad.dtype, grad.device)
+        if not self.shape.kernel:
+            result = grad @ weight
+            smoothing = getattr(self.module, "pre_quant_scale", None)  # some quantised layers scale their input
+            return result if smoothing is None else result * smoothing.to(result)
+        dims = len(self.shape.kernel) - 1
+        padding = self.shape.padding
+        return _INPUT_GRADIENTS[dims](size, weight, grad, self.shape.stride, padding, self.shape.dilation)
+
+
+# -- the whole model -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def attached(
+    model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, *, checkpointing: bool,
+    streamed: bool = False,
+) -> Iterator[None]:  # fmt: skip
+    """Inside, the model computes in ``dtype``, takes part in autograd and has the adapters.
+
+    Args:
+        model: ComfyUI's model, loaded. Outside it is exactly as it was, also after an error.
+        checkpointing: Blocks keep only their inputs and compute again in backward.
+        streamed: ComfyUI fetches the weights for each layer (dynamic VRAM).
+    """
+    with ExitStack() as undo:
+        put = partial(_put, undo)
+        for module in model.modules():
+            _make_usable(module, put, streamed)
+        put(model, "manual_cast_dtype", dtype)
+        for name, module in layers(model).items():
+            shape = shape_of(module)
+            assert shape is not None
+            put(module, "forward", Layer(module, shape, adapters.get(name)))
+        for module in model.modules():
+            if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
+                put(module, "forward", partial(_on_copies, module.forward))
+        if checkpointing:
+            for block in blocks(model):
+                put(block, "forward", partial(_recomputed, block.forward))
+        yield
+
+
+def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute of an instance until ``undo`` closes."""
+    before = vars(owner).get(name, _MISSING)
+    vars(owner)[name] = value
+    undo.callback(partial(_restore, owner, name, before))
+
+
+def _restore(owner: Any, name: str, before: Any) -> None:
+    if before is _MISSING:
+        vars(owner).pop(name, None)
+    else:
+        vars(owner)[name] = before
+
+
+def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], streamed: bool) -> None:
+    """Lets a module work on inputs of another dtype and lets autograd keep its small weights."""
+    for table in ("_parameters", "_buffers"):
+        values = getattr(module, table)
+        usable = {name: _outside_inference(value) for name, value in values.items()}
+        if any(usable[name] is not values[name] for name in values):
+            put(module, table, usable)
+    if hasattr(module, "comfy_cast_weights"):
+        put(module, "comfy_cast_weights", True)
+        if streamed and shape_of(module) is None:
+            for name in ("weight_function", "bias_function"):
+                put(module, name, [*getattr(module, name), _outside_inference])
+
+
+def _outside_inference(value: Tensor | None) -> Tensor | None:
+    """The same memory as a tensor that autograd accepts."""
+    if value is None or not value.is_inference() or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
+        return value
+    plain = torch.empty(0, dtype=value.dtype, device=value.device)
+    plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]
+    return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(partial(_on_copies, forward), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Models add to their residual in place, although a norm before it needs it as it was for its gradient, and a
+    block that is computed again must start from the same input."""
+    return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if type(value) is Tensor and value.is_floating_point() else value
