@@ -111,6 +111,11 @@ class Lora(Adapter):
 class Loha(Adapter):
     """``scale * (w1_a @ w1_b) * (w2_a @ w2_b)``, elementwise: rank up to R squared for twice the weights."""
 
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
+
     def __init__(self, shape: Shape, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, alpha: float | None):
         super().__init__()
         self.shape, self.rank = shape, w1_b.shape[0]
