@@ -23,7 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = re.findall(r"^def check_(\w+)", (ROOT / "tests/comfy_checks.py").read_text("utf-8"), re.M)
 FAMILIES = ("sdxl", "flux", "wan", "qwen")
-pytestmark = pytest.mark.comfyui
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(
+        not {"COMFYUI_DIR", "COMFYUI_PYTHON"} <= os.environ.keys(), reason="set COMFYUI_DIR and COMFYUI_PYTHON"
+    ),
+]
 
 
 def environment() -> dict[str, str]:
@@ -145,8 +150,10 @@ def test_saved_and_loaded_by_comfyui_it_is_the_same(server, family):
                                                                    "model": ["own_load", 0]}},
         "load": {"class_type": "LoraModelLoader", "inputs": {"model": ["model", 0], "lora": ["train", 1],
                                                              "strength_model": 1.0, "bypass": False}},
-        "loaded": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "loaded", "model": ["load", 0]}},
-        "base": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "base", "model": ["model", 0]}},
+        "loaded": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "loaded",
+                                                               "model": ["load", 0]}},
+        "base": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "base",
+                                                             "model": ["model", 0]}},
     }  # fmt: skip
     server.run(prompt)
     files = sorted((server.base / "output/loras").glob(f"{family}_4_steps*.safetensors"))
