@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from datasets import EditFamily, VideoFamily, family, look, picture, video
 from diffusion_trainer.models.flux import Flux
 from diffusion_trainer.utils.cache import Cache, View
 from diffusion_trainer.utils.loader import Loader
-from diffusion_trainer.utils.pipeline import mean_squared_error
+from diffusion_trainer.utils.losses import weighted_mean
 from diffusion_trainer.utils.sampler import Sampler
 from diffusion_trainer.utils.store import Store, prune
 from PIL import Image
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 CPU = torch.device("cpu")
 
@@ -196,15 +198,19 @@ def test_a_small_mask_trains_as_hard_as_a_large_one_and_only_what_is_white(tmp_p
     for draw, (batch,) in zip(plan, Loader(cache, flux, 0, 1).steps(0, plan), strict=True):
         label = batch.target, batch.weight
         error = torch.zeros_like(batch.target)
-        assert mean_squared_error(batch.target + 1, label).item() == pytest.approx(1.0, rel=1e-5)
+        assert squared_error(batch.target + 1, label).item() == pytest.approx(1.0, rel=1e-5)
         sample = cache.samples[draw[0].sample]
         if sample.name == "1.png":
             error[:, :4] = 1  # the first of four rows of patches, the mask covers half of two
-            rows = mean_squared_error(batch.target + error, label).item()
+            rows = squared_error(batch.target + error, label).item()
             assert rows == pytest.approx(0.5, abs=0.05)
             error[:] = 0
             error[:, 8:] = 1
-            assert mean_squared_error(batch.target + error, label).item() == pytest.approx(0.0, abs=0.02)
+            assert squared_error(batch.target + error, label).item() == pytest.approx(0.0, abs=0.02)
+
+
+def squared_error(prediction, label):
+    return weighted_mean(partial(F.mse_loss, reduction="none"), prediction, label)
 
 
 def test_black_masks_leave_their_picture_out(tmp_path, model, data):

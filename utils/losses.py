@@ -18,12 +18,12 @@ Loss = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 def loss_for(settings: TrainSettings) -> Loss:
     """The loss of a run: the mean over all elements of weight times error."""
     if settings.huber_delta:
-        return partial(_weighted, partial(F.huber_loss, reduction="none", delta=settings.huber_delta))
+        return partial(weighted_mean, partial(F.huber_loss, reduction="none", delta=settings.huber_delta))
     if settings.smooth_l1_beta:
-        return partial(_weighted, partial(F.smooth_l1_loss, reduction="none", beta=settings.smooth_l1_beta))
+        return partial(weighted_mean, partial(F.smooth_l1_loss, reduction="none", beta=settings.smooth_l1_beta))
     if settings.pseudo_huber_c:
-        return partial(_weighted, partial(pseudo_huber, c=settings.pseudo_huber_c))
-    return partial(_weighted, partial(F.l1_loss if settings.loss == "l1" else F.mse_loss, reduction="none"))
+        return partial(weighted_mean, partial(pseudo_huber, c=settings.pseudo_huber_c))
+    return partial(weighted_mean, partial(F.l1_loss if settings.loss == "l1" else F.mse_loss, reduction="none"))
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
@@ -33,6 +33,9 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
     return square / (torch.sqrt(1 + square / c**2) + 1)  # the same without the difference of near numbers
 
 
-def _weighted(error: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, label: tuple[Tensor, Tensor]) -> Tensor:
+def weighted_mean(
+    error: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, label: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Mean over all elements of weight times ``error(prediction, target)``, in float32."""
     target, weight = label
     return (error(prediction.float(), target.float()) * weight).mean()
