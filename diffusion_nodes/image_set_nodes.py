@@ -205,9 +205,7 @@ def resized(picture: Image, method: str, size: tuple[int, int]) -> Image:
     return ImageOps.pad(picture, size, pillow.Resampling.LANCZOS)
 
 
-def _tensors(
-    paths: Sequence[Path], method: str, width: int, height: int, arrange: str
-) -> tuple[list[Any], list[int]]:
+def _tensors(paths: Sequence[Path], method: str, width: int, height: int, arrange: str) -> tuple[list[Any], list[int]]:
     """The pictures as tensors, and which path each picture in them is of."""
     import numpy
     import torch

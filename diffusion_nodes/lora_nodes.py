@@ -301,5 +301,3 @@ def _to_pillow(pixels: Any) -> Any:
     from PIL import Image
 
     return Image.fromarray((pixels.clamp(0, 1) * 255).byte().cpu().numpy())
-
-

@@ -145,7 +145,8 @@ def test_saved_and_loaded_by_comfyui_it_is_the_same(server, family):
                                                                    "model": ["own_load", 0]}},
         "load": {"class_type": "LoraModelLoader", "inputs": {"model": ["model", 0], "lora": ["train", 1],
                                                              "strength_model": 1.0, "bypass": False}},
-        "loaded": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "loaded", "model": ["load", 0]}},
+        "loaded": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "loaded",
+                                                               "model": ["load", 0]}},
         "base": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "base", "model": ["model", 0]}},
     }  # fmt: skip
     server.run(prompt)
