@@ -152,8 +152,7 @@ def test_saved_and_loaded_by_comfyui_it_is_the_same(server, family):
                                                              "strength_model": 1.0, "bypass": False}},
         "loaded": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "loaded",
                                                                "model": ["load", 0]}},
-        "base": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "base",
-                                                             "model": ["model", 0]}},
+        "base": {"class_type": "MiniatureOutput", "inputs": {"family": family, "name": "base", "model": ["model", 0]}},
     }  # fmt: skip
     server.run(prompt)
     files = sorted((server.base / "output/loras").glob(f"{family}_4_steps*.safetensors"))
