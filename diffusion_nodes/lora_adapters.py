@@ -111,6 +111,11 @@ class Lora(Adapter):
 class Loha(Adapter):
     """``scale * (w1_a @ w1_b) * (w2_a @ w2_b)``, elementwise: rank up to R squared for twice the weights."""
 
+    w1_a: nn.Parameter
+    w1_b: nn.Parameter
+    w2_a: nn.Parameter
+    w2_b: nn.Parameter
+
     def __init__(self, shape: Shape, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor, alpha: float | None):
         super().__init__()
         self.shape, self.rank = shape, w1_b.shape[0]
@@ -160,7 +165,11 @@ class Lokr(Adapter):
 
     def _factor(self, name: str) -> Tensor:
         whole: Tensor | None = getattr(self, name, None)
-        return whole if whole is not None else getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
+        if whole is not None:
+            return whole
+        first: Tensor = getattr(self, f"{name}_a")
+        second: Tensor = getattr(self, f"{name}_b")
+        return first @ second
 
     def delta(self) -> Tensor:
         return torch.kron(self._factor("w1"), self._factor("w2")).reshape(self.shape.outputs, -1) * self.scale

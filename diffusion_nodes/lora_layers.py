@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import grad as conv_grad
 from torch.utils.checkpoint import checkpoint
 
 from .lora_adapters import Adapter, Lora, Shape
 
-_INPUT_GRADIENTS = (torch.nn.grad.conv1d_input, torch.nn.grad.conv2d_input, torch.nn.grad.conv3d_input)
+_INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
 
 
@@ -179,7 +180,7 @@ class Layer:
     def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The layer's weight as it takes part in the computation, dequantised if need be."""
         module: Any = self.module
-        plain = getattr(module, "weight", None)
+        plain: Any = getattr(module, "weight", None)
         ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
         if ready and not getattr(module, "weight_function", None):
             return plain

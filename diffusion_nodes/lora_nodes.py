@@ -69,6 +69,13 @@ class TrainLoRANode(SettingsNode):
         declared["optional"]["existing_lora"] = ([*kind, *comfy.model_files("loras")], options)
         return declared | {"hidden": {"unique_id": "UNIQUE_ID"}}
 
+    @classmethod
+    def IS_CHANGED(cls, existing_lora: Any = None, **_: Any) -> str:
+        """Differs when the file to go on with was written anew; ComfyUI compares the other inputs itself."""
+        name = existing_lora[0] if isinstance(existing_lora, list) and existing_lora else existing_lora
+        path = comfy.model_path("loras", name) if isinstance(name, str) and name != NONE else None
+        return "" if path is None else f"{path.stat().st_mtime_ns} {path.stat().st_size}"
+
     def train(self, **inputs: list[Any]) -> tuple[Any, TrainedLora, dict[str, Any], int]:
         """The trained model, its LoRA, its losses and its steps.
 
@@ -262,7 +269,7 @@ class _Display:
         recent = report.losses[-20:]
         left = int(seconds * (self.steps - report.step))
         return (f"step {report.step} of {self.steps}, loss {sum(recent) / len(recent):.4f}, "
-                f"{seconds:.2f} s per step, {left // 60}:{left % 60:02d} left")  # fmt: skip
+                f"learning rate {report.rate:.2g}, {seconds:.2f} s per step, {left // 60}:{left % 60:02d} left")  # fmt: skip
 
 
 class _Preview:
