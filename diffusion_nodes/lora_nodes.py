@@ -268,8 +268,9 @@ class _Display:
         seconds = (now - self.begun) / report.step
         recent = report.losses[-20:]
         left = int(seconds * (self.steps - report.step))
-        return (f"step {report.step} of {self.steps}, loss {sum(recent) / len(recent):.4f}, "
-                f"learning rate {report.rate:.2g}, {seconds:.2f} s per step, {left // 60}:{left % 60:02d} left")  # fmt: skip
+        loss = sum(recent) / len(recent)
+        speed = f"{seconds:.2f} s per step, {left // 60}:{left % 60:02d} left"
+        return f"step {report.step} of {self.steps}, loss {loss:.4f}, learning rate {report.rate:.2g}, {speed}"
 
 
 class _Preview:
