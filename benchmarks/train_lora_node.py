@@ -96,7 +96,7 @@ def run_comfyui(options: argparse.Namespace, batch: int, steps: int) -> float:
     wanted = inspect.signature(function).parameters
     if is_new:
         given = {name: [value] for name, value in values.items() if name in wanted}
-        inputs = {"model": [model], "latents": latents, "positive": positive}
+        inputs: dict[str, Any] = {"model": [model], "latents": latents, "positive": positive}
     else:
         given = {name: value for name, value in values.items() if name in wanted}
         inputs = {"model": model, "positive": [entry for one in positive for entry in one],

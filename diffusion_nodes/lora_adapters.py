@@ -165,7 +165,11 @@ class Lokr(Adapter):
 
     def _factor(self, name: str) -> Tensor:
         whole: Tensor | None = getattr(self, name, None)
-        return whole if whole is not None else getattr(self, f"{name}_a") @ getattr(self, f"{name}_b")
+        if whole is not None:
+            return whole
+        first: Tensor = getattr(self, f"{name}_a")
+        second: Tensor = getattr(self, f"{name}_b")
+        return first @ second
 
     def delta(self) -> Tensor:
         return torch.kron(self._factor("w1"), self._factor("w2")).reshape(self.shape.outputs, -1) * self.scale

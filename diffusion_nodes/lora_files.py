@@ -145,7 +145,7 @@ def _layer_of(target: Any, modules: Mapping[str, nn.Module]) -> tuple[str | None
 
 def _adapter(found: Any, shape: Shape, rows: slice | None) -> Adapter | _Part | None:
     """One of ours that computes what ComfyUI's ``found`` does; None if ours cannot."""
-    kind: str | None = getattr(found, "name", None)
+    kind: Any = getattr(found, "name", None)
     weights: Any = getattr(found, "weights", ())
     if kind == "lora":
         up, down, alpha, middle, dora, reshape = weights

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
+from torch.nn import grad as conv_grad
 from torch.utils.checkpoint import checkpoint
 
 from .lora_adapters import Adapter, Lora, Shape
 
-_INPUT_GRADIENTS = (conv1d_input, conv2d_input, conv3d_input)
+_INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
 
 

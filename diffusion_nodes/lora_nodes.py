@@ -69,6 +69,13 @@ class TrainLoRANode(SettingsNode):
         declared["optional"]["existing_lora"] = ([*kind, *comfy.model_files("loras")], options)
         return declared | {"hidden": {"unique_id": "UNIQUE_ID"}}
 
+    @classmethod
+    def IS_CHANGED(cls, existing_lora: Any = None, **_: Any) -> str:
+        """Differs when the file to go on with was written anew; ComfyUI compares the other inputs itself."""
+        name = existing_lora[0] if isinstance(existing_lora, list) and existing_lora else existing_lora
+        path = comfy.model_path("loras", name) if isinstance(name, str) and name != NONE else None
+        return "" if path is None else f"{path.stat().st_mtime_ns} {path.stat().st_size}"
+
     def train(self, **inputs: list[Any]) -> tuple[Any, TrainedLora, dict[str, Any], int]:
         """The trained model, its LoRA, its losses and its steps.
 
@@ -261,8 +268,9 @@ class _Display:
         seconds = (now - self.begun) / report.step
         recent = report.losses[-20:]
         left = int(seconds * (self.steps - report.step))
-        return (f"step {report.step} of {self.steps}, loss {sum(recent) / len(recent):.4f}, "
-                f"{seconds:.2f} s per step, {left // 60}:{left % 60:02d} left")  # fmt: skip
+        loss = sum(recent) / len(recent)
+        speed = f"{seconds:.2f} s per step, {left // 60}:{left % 60:02d} left"
+        return f"step {report.step} of {self.steps}, loss {loss:.4f}, learning rate {report.rate:.2g}, {speed}"
 
 
 class _Preview:

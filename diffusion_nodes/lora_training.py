@@ -194,7 +194,8 @@ class _Run:
         shape = max((latent.shape for latent, _ in self.latents), key=math.prod)
         factor = CHECKPOINTED if self.settings.gradient_checkpointing else KEPT
         needed = self.patcher.memory_required([self.settings.batch_size, *shape[1:]]) * factor
-        management.load_models_gpu([self.patcher], memory_required=1e20 if self.settings.offloading else needed)
+        with torch.inference_mode():  # quantised weights that were made in it can only be moved in it
+            management.load_models_gpu([self.patcher], memory_required=1e20 if self.settings.offloading else needed)
 
     def close(self) -> None:
         """Lets go of the model unless it was loaded before."""
@@ -204,7 +205,8 @@ class _Run:
         if not self.was_loaded or self.patcher is not self.model:
             loaded = management.current_loaded_models
             for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(self.patcher)]:
-                entry.model_unload()
+                with torch.inference_mode():
+                    entry.model_unload()
                 loaded.remove(entry)
             management.soft_empty_cache()
 

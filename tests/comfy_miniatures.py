@@ -41,8 +41,15 @@ WIDTH = 32
 """Of text embeddings."""
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A MODEL as ComfyUI's loaders give it, with the same weights for the same seed."""
+def make_model(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, operations: Any = None, **changes: Any
+) -> Any:
+    """A MODEL as ComfyUI's loaders give it, with the same weights for the same seed.
+
+    Args:
+        operations: ComfyUI's classes of layers, where they are not the usual ones; weights are then not filled.
+        changes: Other widths and depths.
+    """
     import comfy.ldm.flux.model
     import comfy.model_management
     import comfy.model_patcher
@@ -53,9 +60,11 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     config = getattr(comfy.supported_models, CONFIGS[family])({**UNETS[family], **changes})
     config.set_inference_dtype(dtype, None if dtype in (torch.float32, torch.bfloat16) else torch.float32)
     config.unet_config["dtype"] = dtype
+    config.custom_operations = operations
     device = comfy.model_management.get_torch_device()
     model = config.get_model({}, "", device=torch.device("cpu"))
-    fill(model.diffusion_model, seed)
+    if operations is None:
+        fill(model.diffusion_model, seed)
     model.diffusion_model.eval()
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return patcher(model, load_device=device, offload_device=torch.device("cpu"))
