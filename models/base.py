@@ -15,13 +15,14 @@ import json
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..utils.config import Dtype, SettingsError, Table, option
 from ..utils.imports import lazy
+from ..utils.weights import fill
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +70,8 @@ class Layer:
 
     ``forward(modules, *tensors)`` takes the tuple that the link before returned and returns the next
     one; `modules` carries the entries of `submodules` as attributes. The last link returns the
-    prediction alone. Tuples between links hold contiguous floating tensors, the same number and
-    dtypes at every cut (what DeepSpeed can send between stages).
+    prediction alone. Tuples between links hold contiguous tensors, of any number and dtype (a U-Net's
+    skip connections travel along until they are used).
     """
 
     name: str
@@ -132,6 +133,8 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    float32: ClassVar[tuple[str, ...]] = ()
+    """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters in whose name one of these regular expressions is found stay at `dtype` when
     `transformer_dtype` is float8."""
@@ -216,6 +219,11 @@ class Family(ABC):
         count = -(-frames // self.frame_multiple) if frames > 1 else 1
         return count, height // self.latent_multiple, width // self.latent_multiple
 
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the family's own options, by regular expression of parameter names; the first that is
+        found in a name counts, 0 freezes. Names without a match take the optimizer's."""
+        return {}
+
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weights of latents as weights of the target's elements; broadcasts against ``target``.
 
@@ -224,8 +232,28 @@ class Family(ABC):
         return mask_NFHW[:, None] if target.ndim == 5 else mask_NFHW
 
     @abstractmethod
-    def load_denoiser(self, device: torch.device) -> nn.Module:
-        """The network that is trained, at `dtype` on ``device``."""
+    def build_denoiser(self) -> nn.Module:
+        """The network that is trained, its parameters on the meta device: names and shapes without memory.
+
+        It may hold text encoders, too, where those are trained.
+        """
+
+    @abstractmethod
+    def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
+        """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision."""
+
+    def load_denoiser(
+        self, device: torch.device, denoiser: nn.Module | None = None, only: Container[nn.Parameter] | None = None
+    ) -> nn.Module:
+        """The network with its weights, at `dtype` or as stored, on ``device``.
+
+        Args:
+            denoiser: A network of `build_denoiser`, to be filled in place.
+            only: Parameters to read; the others stay on the meta device. Left out: all.
+        """
+        denoiser = denoiser or self.build_denoiser()
+        fill(denoiser, self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
+        return denoiser
 
     @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[Layer]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -306,16 +306,16 @@ class Flux(Family):
 
     # -- training -----------------------------------------------------------------------------------
 
-    def load_denoiser(self, device: torch.device) -> nn.Module:
+    def build_denoiser(self) -> nn.Module:
         weights = self._weights("transformer")
-        is_folder = weights.path.is_dir()
-        config = _json_config(weights) if is_folder else transformer_config(weights)
+        config = _json_config(weights) if weights.path.is_dir() else transformer_config(weights)
         if self.config.bypass_guidance_embedding:
             config = {**config, "guidance_embeds": False}
-        denoiser = build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
-        read = weights.read if is_folder else partial(read_bfl, weights)
-        fill(denoiser, read, self.dtype, device, storage=self.storage)
-        return denoiser
+        return build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
+
+    def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
+        weights = self._weights("transformer")
+        return weights.read if weights.path.is_dir() else partial(read_bfl, weights)
 
     def layers(self, denoiser: Any) -> list[Layer]:
         embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")

@@ -88,8 +88,7 @@ def test_layers_equal_the_librarys_forward(table, dtype):
     assert torch.equal(prediction, expected)
     assert prediction.shape == batch.target.shape
     assert batch.target.dtype == torch.float32
-    assert len({tuple(tensor.dtype for tensor in cut) for cut in cuts}) == 1
-    assert all(tensor.is_contiguous() and tensor.is_floating_point() for cut in cuts for tensor in cut)
+    assert all(tensor.is_contiguous() for cut in cuts for tensor in cut)
 
 
 def test_gradients_of_the_layers_equal_the_librarys(table):
@@ -153,9 +152,7 @@ def test_miniature_is_small_and_the_same_every_time(table, tmp_path):
 def test_encoded_tensors_are_plain(table):
     family = load(table, dtype="bfloat16")
     for example in examples(family):
-        for tensor in (*example.media.values(), *example.text.values()):
-            assert tensor.is_floating_point()
-            assert not tensor.requires_grad
+        assert not any(tensor.requires_grad for tensor in (*example.media.values(), *example.text.values()))
         assert example.media["latents"].dtype == torch.bfloat16
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,9 +91,16 @@ class Automagic(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    settings: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device
+    settings: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer that ``[optimizer]`` asks for.
+
+    Args:
+        parameters: What it trains, by name.
+        rates: Learning rates by regular expression of names; the first that is found in a name counts.
 
     Raises:
         SettingsError: The type is unknown, needs a GPU that is not there, or does not take an argument.
@@ -112,12 +120,19 @@ def build_optimizer(
         arguments = {"relative_step": False, "scale_parameter": False} | arguments
     if kind is torch.optim.AdamW:
         arguments = {"fused": device.type == "cuda"} | arguments
-    plain = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in plain if p.ndim > 1]},
-        {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
+    return kind(_groups(parameters, rates or {}), **arguments)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameters by learning rate, and those of one dimension apart, which are not decayed."""
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = next((rate for pattern, rate in rates.items() if re.search(pattern, name)), None)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": group, **({} if rate is None else {"lr": rate}), **({} if decayed else {"weight_decay": 0.0})}
+        for (rate, decayed), group in sorted(groups.items(), key=lambda item: (item[0][0] or -1.0, not item[0][1]))
     ]
-    return kind([group for group in groups if group["params"]], **arguments)
 
 
 _IGNORED = {"automagic": ("lr", "betas"), "adamw8bitkahan": ("stabilize",)}

@@ -197,16 +197,18 @@ class Trainer:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
-        # With several stages each GPU holds only its own layers, so the whole model passes through main memory.
-        device = self.world.device if s.pipeline_stages == 1 else torch.device("cpu")
-        denoiser = self.family.load_denoiser(device)
+        denoiser = self.family.build_denoiser()
+        layers = self.family.layers(denoiser)
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
+        stage = self.world.stage(s.pipeline_stages)
+        mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
+        self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
         assert isinstance(s.adapter, Lora)  # settings refuse anything else
         inject(denoiser, self.family, s.adapter, s.seed)
         if s.adapter.init_from_existing:
             load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
-        layers = self.family.layers(denoiser)
+        layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
-        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         chain = Chain(
             layers,
             s.pipeline_stages,
@@ -218,10 +220,10 @@ class Trainer:
             random=s.adapter.dropout > 0,
         )
         del denoiser, layers
-        parameters = [p for p in chain.parameters() if p.requires_grad]
+        parameters = {names[p]: p for p in chain.parameters() if p.requires_grad}
         if not parameters:  # DeepSpeed wants an optimizer on every stage
-            parameters = [nn.Parameter(torch.zeros((), device=self.world.device), requires_grad=False)]
-        optimizer = build_optimizer(s.optimizer, parameters, self.world.device)
+            parameters = {"": nn.Parameter(torch.zeros((), device=self.world.device), requires_grad=False)}
+        optimizer = build_optimizer(s.optimizer, parameters, self.world.device, self.family.learning_rates())
         for group in optimizer.param_groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(

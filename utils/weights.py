@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,6 +175,7 @@ def fill(
     device: torch.device,
     float32: tuple[str, ...] = (),
     storage: Storage | None = None,
+    only: Container[nn.Parameter] | None = None,
 ) -> None:
     """Gives each parameter of a module from `build` its value, one tensor at a time.
 
@@ -184,6 +185,7 @@ def fill(
         read: The value of a parameter, by its name in ``module``.
         float32: Parameters with one of these in their name are kept in float32.
         storage: How linear layers are stored; left out: in ``dtype``.
+        only: Parameters to read; the others stay on the meta device. Left out: all.
 
     Raises:
         SettingsError: From ``read``.
@@ -193,6 +195,8 @@ def fill(
     if storage:
         stored.use_storage(module, storage)
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if only is not None and parameter not in only:
+            continue
         if parameter not in filled:
             value = read(name)
             if value.shape != parameter.shape:

@@ -25,6 +25,10 @@ class World:
     control: Any
     """A gloo group of all ranks, for small messages between CPUs."""
 
+    def stage(self, num_stages: int) -> int:
+        """The pipeline stage that this process has, of ``num_stages``: DeepSpeed gives neighbours the same."""
+        return self.rank * num_stages // self.size
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier(group=self.control)
