@@ -116,12 +116,15 @@ class Family(ABC):
     title: ClassVar[str]
     """Name for people, such as "Flux"."""
     Config: ClassVar[type[ModelConfig]]
-    size_multiple: ClassVar[int] = 16
-    """Pixel width and height must be multiples of this."""
-    latent_multiple: ClassVar[int] = 8
+    size_multiple: int = 16
+    """Pixel width and height must be multiples of this. It and the next three may differ from variant to
+    variant of a family; `check_files` sets them then."""
+    latent_multiple: int = 8
     """Pixels that one latent stands for, across and down."""
-    fps: ClassVar[float | None] = None
+    fps: float | None = None
     """Frames in a second of the videos that it makes; None where it makes pictures alone."""
+    takes_pictures: bool = True
+    """Pictures can be trained; not so where the first frame is given and the rest is to be made."""
     frame_multiple: ClassVar[int] = 4
     frame_remainder: ClassVar[int] = 1
     """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
@@ -159,7 +162,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_files(self) -> None:
-        """Sees that what the paths name is there and is what it should be; loads nothing.
+        """Sees that what the paths name is there and is what it should be; loads nothing. Called before all else.
 
         Raises:
             SettingsError: Names the option, the path and what was expected.
@@ -198,12 +201,15 @@ class Family(ABC):
         """Text encoder ``name`` with its tokenizer, on ``device``."""
 
     @abstractmethod
-    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the denoiser needs of each caption, batch first, names unlike those of other encoders."""
+    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+        """What the denoiser needs of each caption, batch first, names unlike those of other encoders.
+
+        A list in place of a tensor where captions differ in length; `collate` pads then.
+        """
 
     def encode_edit(
         self, name: str, encoder: Any, captions: Sequence[str], controls: Sequence[Sequence[torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    ) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
         """`encode_text` for the encoders of `text_sees_controls`.
 
         Args:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -284,7 +284,7 @@ class _Work:
 
     def _encode_text(
         self, name: str, encoder: Any, captions: list[str], texts: Sequence[_Text]
-    ) -> dict[str, torch.Tensor]:
+    ) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
         if name not in self._family.text_sees_controls:
             return self._family.encode_text(name, encoder, captions)
         pictures = [[read_whole(c.source, CONTROL_PIXELS) for c in text.controls] for text in texts]
