@@ -8,6 +8,7 @@ from diffusion_trainer.models import families
 from diffusion_trainer.scripts import docs
 from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.settings import (
+    Sampling,
     TrainSettings,
     as_toml,
     family_of,
@@ -119,8 +120,8 @@ def test_shipped_files_parse():
 
 
 def test_every_option_is_described():
-    tables = [TrainSettings, *(family.Config for family in families().values())]
-    nested = {"model", "adapter", "optimizer", "monitoring", "type"}
+    tables = [TrainSettings, Sampling, *(family.Config for family in families().values())]
+    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "type"}
     bare = [
         name
         for table in tables

@@ -87,6 +87,54 @@ class Monitoring(Table):
     wandb_run_name: str | None = option(None, "Run name there.")
 
 
+class Sampling(Table):
+    """Pictures or clips that are drawn while training, always from the same noise, to see how it goes."""
+
+    prompts: list[str] = option([], "What is drawn, one prompt each. Left out: nothing.", multiline=True)
+    negative_prompt: str = option("", "What is not to be seen, for all prompts.")
+    images: list[str] = option(
+        [],
+        "For edit models and image-to-video models: the picture that each prompt starts from, or one for all.",
+        multiline=True,
+    )
+    every_n_epochs: int | None = option(None, "Draw after every so many epochs. Left out: not by epochs.", ge=1, step=1)
+    every_n_steps: int | None = option(None, "Draw after every so many steps. Left out: not by steps.", ge=1, step=1)
+    before_first_step: bool = option(True, "Draw also before training begins, to compare with.")
+    width: int = option(1024, "Width in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    height: int = option(1024, "Height in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    frames: int = option(
+        1, "Frames of each clip, for video models; rounded to what the model takes. 1 draws a picture.",
+        ge=1, step=1, ui_max=1000,
+    )  # fmt: skip
+    steps: int = option(20, "Denoising steps.", ge=1, step=1, ui_max=1000)
+    guidance: float | None = option(
+        None,
+        "Guidance scale of the model's pipeline. Left out: what is usual for the model.",
+        ge=0,
+        step=0.1,
+        ui_max=100,
+    )
+    true_cfg: float = option(
+        1.0,
+        "For models with distilled guidance, such as Flux: strength of the negative prompt. 1 leaves it out; more "
+        "takes twice as long.",
+        ge=1,
+        step=0.1,
+        ui_max=100,
+        advanced=True,
+    )
+    seed: int = option(0, "Fixes the noise that each drawing begins with.", ge=0, le=2**63 - 1, step=1)
+
+    @model_validator(mode="after")
+    def _images(self) -> Sampling:
+        if len(self.images) not in (0, 1, len(self.prompts)):
+            raise ValueError(
+                f"sample.images: give one for all prompts or one for each of the {len(self.prompts)}, "
+                f"got {len(self.images)}"
+            )
+        return self
+
+
 class TrainSettings(Table):
     """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
@@ -264,6 +312,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+    sample: Sampling = Sampling()
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
     @classmethod
@@ -313,6 +362,8 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
+    if settings.sample.prompts:
+        found.append("sample.prompts: nothing can be drawn yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     if settings.adapter is None:
