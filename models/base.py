@@ -225,7 +225,9 @@ class Family(ABC):
         """Text encoder ``name`` with its tokenizer, on ``device``."""
 
     @abstractmethod
-    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
+    def encode_text(
+        self, name: str, encoder: Any, captions: Sequence[str]
+    ) -> Mapping[str, torch.Tensor | Sequence[torch.Tensor]]:
         """What the denoiser needs of each caption, batch first, names unlike those of other encoders.
 
         A list in place of a tensor where captions differ in length; `collate` pads then.
