@@ -46,6 +46,7 @@ class ModelConfig(Table):
         None,
         "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
         "Left out: the same as dtype.",
+        also=("diffusion_model_dtype",),
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."

@@ -4,7 +4,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from diffusion_trainer.models import families
+from diffusion_trainer.models import configs, families
 from diffusion_trainer.scripts import docs
 from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.settings import (
@@ -119,8 +119,8 @@ def test_shipped_files_parse():
 
 
 def test_every_option_is_described():
-    tables = [TrainSettings, *(family.Config for family in families().values())]
-    nested = {"model", "adapter", "optimizer", "monitoring", "type"}
+    tables = [TrainSettings, *configs().values()]
+    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "type"}
     bare = [
         name
         for table in tables

@@ -5,16 +5,17 @@ The order of fields is the order in documentation. Keys are those of the files t
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
-from ..models import families
+from ..models import configs, family_named
 from ..models.base import Family, ModelConfig
 from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
 
@@ -85,6 +86,72 @@ class Monitoring(Table):
     enable_wandb: bool = option(False, "Also log to Weights & Biases; the key comes from WANDB_API_KEY.")
     wandb_tracker_name: str | None = option(None, "Project name there.")
     wandb_run_name: str | None = option(None, "Run name there.")
+
+
+class EvalDataset(Table):
+    """One ``[[eval_datasets]]``: pictures whose loss is measured, but which are not trained."""
+
+    name: str = option(..., "What its curves are called.", min_length=1)
+    config: str | dict[str, Any] = option(..., "The dataset's TOML.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_alone(cls, value: Any) -> Any:
+        return {"name": Path(value).stem, "config": value} if isinstance(value, str) else value
+
+    @field_validator("config")
+    @classmethod
+    def _dataset(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict):  # from the canvas; the run folder gets it as a file
+            parse_dataset_settings(value)
+        return value
+
+
+class Sample(Table):
+    """Pictures or videos that are made while training, to see how it goes."""
+
+    prompts: list[str] = option(
+        ..., "What to show, one prompt per line.", multiline=True, also=("sample_prompt",), min_length=1
+    )
+    negative_prompt: str = option("", "What not to show; counts where guidance is more than 1.", multiline=True)
+    width: int = option(1024, "Width in pixels.", ge=64, le=8192, step=16)
+    height: int = option(1024, "Height in pixels.", ge=64, le=8192, step=16)
+    frames: int = option(1, "Frames of a video; 1 is a picture.", ge=1, step=1, ui_max=4096)
+    steps: int = option(20, "Steps of the sampler.", ge=1, le=1000, step=1, also=("num_inference_steps",))
+    guidance: float = option(
+        5.0,
+        "How strictly the prompt is followed (CFG), for models that need it; 1 switches it off.",
+        ge=0,
+        step=0.1,
+        ui_max=100,
+        also=("guidance_scale",),
+    )
+    distilled_guidance: float = option(
+        4.0,
+        "The guidance that models such as Flux dev have built in.",
+        ge=0,
+        step=0.1,
+        ui_max=100,
+        also=("guidance_value",),
+    )
+    seed: int = option(0, "Fixes the noise that each picture starts from.", ge=0, le=2**63 - 1, step=1)
+    every_n_steps: int | None = option(
+        None, "Make them every so many steps. Left out: not by steps.", ge=1, step=1, also=("sample_every_n_steps",)
+    )
+    every_n_epochs: int | None = option(
+        None, "Make them every so many epochs. Left out: not by epochs.", ge=1, step=1, also=("sample_every_n_epochs",)
+    )
+    before_first_step: bool = option(False, "Make them also before training begins.")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("every_n_steps", "every_n_epochs", mode="before")
+    @classmethod
+    def _zero_is_never(cls, value: Any) -> Any:
+        return value or None
 
 
 class TrainSettings(Table):
@@ -229,7 +296,9 @@ class TrainSettings(Table):
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
 
-    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
+    eval_datasets: list[EvalDataset] = option(
+        [], "Datasets whose loss is measured while training: TOML files, or tables with name and config.", lines=True
+    )
     eval_every_n_epochs: int | None = option(
         None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1
     )
@@ -264,6 +333,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+    sample: Sample | None = Field(None, json_schema_extra={"also": ("training_sampler",)})
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
     @classmethod
@@ -284,6 +354,10 @@ class TrainSettings(Table):
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         problems = list(_unavailable(self))
+        names = [dataset.name for dataset in self.eval_datasets]
+        for number, dataset in enumerate(self.eval_datasets, 1):
+            if names.count(dataset.name) > 1:
+                dataset.name = f"{dataset.name}_{number}"
         if self.partition_method == "manual" and len(self.partition_split or []) != self.pipeline_stages - 1:
             problems.append(
                 f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
@@ -313,6 +387,8 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
+    if settings.sample:
+        found.append("sample: pictures while training are not available yet; leave the table out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     if settings.adapter is None:
@@ -497,11 +573,9 @@ class DatasetSettings(FolderOptions):
 
 
 @cache
-def train_settings() -> type[TrainSettings]:
-    """`TrainSettings` whose ``model`` is the union of all families' ``[model]`` tables, told apart by ``type``."""
-    configs = tuple(family.Config for family in families().values())
-    union: Any = Annotated[Union[configs], Field(discriminator="type")] if len(configs) > 1 else configs[0]  # noqa: UP007
-    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(union, ...))
+def train_settings(config: type[ModelConfig]) -> type[TrainSettings]:
+    """`TrainSettings` whose ``model`` is this family's table."""
+    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(config, ...))
 
 
 def load_train_settings(path: Path) -> TrainSettings:
@@ -513,9 +587,11 @@ def parse_train_settings(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from the tables of a ``train.toml``; the graph and the file come through here."""
     model = values.get("model")
     kind = model.get("type") if isinstance(model, Mapping) else None
-    if kind is not None and kind not in families():
-        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
-    return validate(train_settings(), values)
+    if kind is not None and kind not in configs():
+        near = difflib.get_close_matches(str(kind), configs(), 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(configs())}{hint}")
+    return validate(train_settings(configs()[kind] if kind else ModelConfig), values)
 
 
 def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
@@ -524,9 +600,13 @@ def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
 
 
 def family_of(settings: TrainSettings) -> Family:
-    """The family that ``[model]`` names, ready to load its parts."""
+    """The family that ``[model]`` names, ready to load its parts.
+
+    Raises:
+        SettingsError: This version cannot train it.
+    """
     config: ModelConfig = settings.model
-    return families()[config.type](config)
+    return family_named(config.type)(config)
 
 
 def as_toml(settings: Table) -> dict[str, Any]:
