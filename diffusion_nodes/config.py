@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
-from ..utils.settings import Lora, Optimizer, Sample, TrainSettings, parse_dataset_settings, parse_train_settings
+from ..utils.settings import Lora, Optimizer, Sampling, TrainSettings, parse_dataset_settings, parse_train_settings
 from . import comfy
 from .files import copy_path, output_folder, write_copy
 from .schema import SettingsNode, Socket, Widget, widget, widgets
@@ -41,6 +41,10 @@ OPTIMIZER_TAKES = {
 """The optimizers on offer and which of the inputs each of them knows."""
 
 
+DISTILLED = ("flux", "flux2", "hunyuan-video")
+"""Families whose pipeline takes the built-in guidance, not that of a negative prompt."""
+
+
 class AdapterChoice(Table):
     """Whether there is an adapter."""
 
@@ -64,6 +68,14 @@ class Betas(Table):
 
     beta1: float = option(0.9, "Decay of the running average of the gradient.", ge=0, lt=1, step=0.0001)
     beta2: float = option(0.99, "Decay of the running average of the squared gradient.", ge=0, lt=1, step=0.0001)
+
+
+class DistilledGuidance(Table):
+    """The second guidance of the earlier package's sampler node."""
+
+    guidance_value: float | None = option(
+        None, "Guidance for models that have it built in, such as Flux dev. Left out: guidance_scale.", ge=0, le=100,
+        step=0.1)  # fmt: skip
 
 
 class TrainCopy(Table):
@@ -193,24 +205,24 @@ class TrainingSamplerConfig(SettingsNode):
     RETURN_NAMES = ("sampler_config",)
     OUTPUT_TOOLTIPS = ("What to make and when, for General Training Config.",)
     OPTIONAL: ClassVar = {
-        "sample_every_n_steps": widget(Sample, "every_n_steps", prefix="sample"),
-        "sample_every_n_epochs": widget(Sample, "every_n_epochs", prefix="sample", default=1),
-        "num_inference_steps": widget(Sample, "steps", prefix="sample"),
-        "guidance_scale": widget(Sample, "guidance", prefix="sample"),
-        "guidance_value": widget(Sample, "distilled_guidance", prefix="sample"),
-        **widgets(Sample, "height", "width", prefix="sample"),
-        "sample_prompt": widget(Sample, "prompts", prefix="sample", default="", off="", note="Empty: no pictures."),
-        **widgets(Sample, "negative_prompt", "frames", prefix="sample"),
-        "sample_seed": widget(Sample, "seed", prefix="sample"),
-        "before_first_step": widget(Sample, "before_first_step", prefix="sample"),
+        "sample_every_n_steps": widget(Sampling, "every_n_steps", prefix="sample"),
+        "sample_every_n_epochs": widget(Sampling, "every_n_epochs", prefix="sample", default=1),
+        "num_inference_steps": widget(Sampling, "steps", prefix="sample"),
+        "guidance_scale": widget(Sampling, "guidance", prefix="sample"),
+        "guidance_value": widget(DistilledGuidance, "guidance_value", prefix="sample"),
+        **widgets(Sampling, "height", "width", prefix="sample"),
+        "sample_prompt": widget(Sampling, "prompts", prefix="sample", default="", off=""),
+        **widgets(Sampling, "negative_prompt", "images", "frames", "before_first_step", "true_cfg", prefix="sample"),
+        "sample_seed": widget(Sampling, "seed", prefix="sample"),
     }  # fmt: skip
 
     def generate_sampler_config(self, **values: Any) -> tuple[dict[str, Any]]:
-        """The [sample] table; empty without a prompt."""
+        """The [sample] table, and guidance_value; empty without a prompt."""
         settings = self.read(values)
         if not settings.get("prompts"):
             return ({},)
-        validate(Sample, settings, "sample")
+        settings["images"] = [comfy.resolve(path) for path in settings.get("images", [])]
+        validate(Sampling, {key: value for key, value in settings.items() if key != "guidance_value"}, "sample")
         return (settings,)
 
 
@@ -294,7 +306,10 @@ class GeneralConfig(SettingsNode):
         files = [{**entry, "config": comfy.resolve(entry["config"])} for entry in settings.get("eval_datasets", [])]
         settings["eval_datasets"] = [*files, *(eval_dataset_config or [])]
         if sampler_config:
-            settings["sample"] = _table("sampler_config", sampler_config)
+            settings["sample"] = sample = _table("sampler_config", sampler_config)
+            distilled = sample.pop("guidance_value", None)
+            if distilled is not None and settings["model"].get("type") in DISTILLED:
+                sample["guidance"] = distilled
         parse_train_settings(settings)
         parse_dataset_settings(_table("dataset_config", dataset_config))
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)

@@ -26,6 +26,7 @@ from ..utils.weights import fill
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import nn
 
     from ..utils import storage as stored
@@ -109,6 +110,29 @@ class Batch:
     """Shaped like the prediction, float32."""
     weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     """Weight of each element of the loss; broadcasts against `target`."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A picture or clip to draw while training, to see how it goes."""
+
+    text: Mapping[str, torch.Tensor]
+    """What `encode_text` gave for the prompt, without the batch dimension, one dict for all text encoders."""
+    negative_text: Mapping[str, torch.Tensor]
+    """The same for the negative prompt."""
+    width: int
+    height: int
+    """In pixels, multiples of the family's `size_multiple`."""
+    frames: int = 1
+    """A length that the family has; 1 for a picture."""
+    steps: int = 20
+    guidance: float | None = None
+    """Left out: the pipeline's usual one."""
+    true_cfg: float = 1.0
+    """For models with distilled guidance: strength of the negative prompt; 1 leaves it out."""
+    seed: int = 0
+    images: tuple[Image, ...] = ()
+    """What edit models and image-to-video models start from."""
 
 
 class Family(ABC):
@@ -307,8 +331,33 @@ class Family(ABC):
         return dict(tensors)
 
     @abstractmethod
-    def pipeline(self, denoiser: nn.Module, device: torch.device) -> Any:
-        """The family's diffusers pipeline around a live denoiser, for pictures."""
+    def pipeline(self, denoiser: nn.Module, device: torch.device, text_encoders: bool = True) -> Any:
+        """The family's diffusers pipeline around a live denoiser.
+
+        Args:
+            text_encoders: Load them, too; without, the pipeline takes embeddings alone, as `sample` gives it.
+        """
+
+    @abstractmethod
+    def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        """Prompt, negative prompt and pictures of a request as arguments of the family's pipeline: batches of
+        one, on ``device``."""
+
+    def sample(self, pipeline: Any, request: SampleRequest) -> list[Image]:
+        """Draws with `pipeline` (made without text encoders); gives the frames, one for a picture.
+
+        Here for pipelines that give ``images`` and take ``guidance_scale``; videos and others override it.
+        """
+        arguments: dict[str, Any] = {"width": request.width, "height": request.height}
+        if request.guidance is not None:
+            arguments["guidance_scale"] = request.guidance
+        output = pipeline(
+            **arguments,
+            **self.prompt_arguments(request, pipeline._execution_device),
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(request.seed),
+        )
+        return [output.images[0]]
 
     @classmethod
     @abstractmethod

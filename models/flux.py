@@ -31,6 +31,7 @@ from .base import (
     Family,
     Layer,
     ModelConfig,
+    SampleRequest,
     fingerprint,
     in_comfyui,
     read_json,
@@ -362,8 +363,11 @@ class Flux(Family):
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return to_bfl(tensors)
 
-    def pipeline(self, denoiser: Any, device: torch.device) -> diffusers.FluxPipeline:
-        clip, t5 = (self.load_text_encoder(name, device) for name in self.text_encoders)
+    def pipeline(self, denoiser: Any, device: torch.device, text_encoders: bool = True) -> diffusers.FluxPipeline:
+        clip, t5 = (
+            self.load_text_encoder(name, device) if text_encoders else TextEncoder(None, None)
+            for name in self.text_encoders
+        )
         schedule = DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE
         if self.config.diffusers_path and not self.config.transformer_path:
             file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
@@ -377,6 +381,13 @@ class Flux(Family):
             tokenizer_2=t5.tokenizer,
             transformer=denoiser,
         )
+
+    def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"true_cfg_scale": request.true_cfg}
+        for prefix, text in (("", request.text), ("negative_", request.negative_text)):
+            arguments[f"{prefix}prompt_embeds"] = text["t5_embeds"][None].to(device)
+            arguments[f"{prefix}pooled_prompt_embeds"] = text["clip_pooled"][None].to(device)
+        return arguments
 
     @classmethod
     def write_miniature(cls, folder: Path, guidance: bool = True) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusion_trainer.models import families
-from diffusion_trainer.models.base import Example, Family
+from diffusion_trainer.models.base import Example, Family, SampleRequest
 from diffusion_trainer.utils.config import read_toml, validate, write_toml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,17 @@ def flux_forward(denoiser, x_t, t, pooled, text, guidance):
 
 FORWARD = {"flux": flux_forward}
 """For each family, the library's own forward on the inputs of the first link."""
+
+
+def flux_prompted(pipeline, prompt, generator):
+    return pipeline(
+        prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=32,
+        generator=generator,
+    ).images  # fmt: skip
+
+
+PROMPTED = {"flux": flux_prompted}
+"""For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4."""
 
 
 @pytest.fixture(scope="module", params=list(families()))
@@ -205,3 +216,22 @@ def test_importing_a_family_loads_no_torch(name):
         [sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_sample_is_what_the_pipeline_draws_from_the_prompt(table):
+    family = load(table, dtype="float32")
+    denoiser = family.load_denoiser(CPU)
+    text, negative = {}, {}
+    for name in family.text_encoders:
+        encoder = family.load_text_encoder(name, CPU)
+        text |= {key: value[0] for key, value in family.encode_text(name, encoder, ["a red cat"]).items()}
+        negative |= {key: value[0] for key, value in family.encode_text(name, encoder, [""]).items()}
+    pipeline = family.pipeline(denoiser, CPU, text_encoders=False)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = family.sample(pipeline, SampleRequest(text, negative, 64, 32, steps=2, guidance=4.0, seed=5))
+    whole = family.pipeline(denoiser, CPU)
+    whole.set_progress_bar_config(disable=True)
+    expected = PROMPTED[table["type"]](whole, "a red cat", torch.Generator().manual_seed(5))
+    assert len(frames) == len(expected) == 1
+    assert frames[0].size == (64, 32)
+    assert frames[0].tobytes() == expected[0].tobytes()

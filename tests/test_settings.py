@@ -8,6 +8,8 @@ from diffusion_trainer.models import configs, families
 from diffusion_trainer.scripts import docs
 from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.settings import (
+    EvalDataset,
+    Sampling,
     TrainSettings,
     as_toml,
     family_of,
@@ -119,7 +121,7 @@ def test_shipped_files_parse():
 
 
 def test_every_option_is_described():
-    tables = [TrainSettings, *configs().values()]
+    tables = [TrainSettings, Sampling, EvalDataset, *configs().values()]
     nested = {"model", "adapter", "optimizer", "monitoring", "sample", "type"}
     bare = [
         name

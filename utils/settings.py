@@ -107,41 +107,50 @@ class EvalDataset(Table):
         return value
 
 
-class Sample(Table):
-    """Pictures or videos that are made while training, to see how it goes."""
+class Sampling(Table):
+    """Pictures or clips that are drawn while training, always from the same noise, to see how it goes."""
 
     prompts: list[str] = option(
-        ..., "What to show, one prompt per line.", multiline=True, also=("sample_prompt",), min_length=1
+        [], "What is drawn, one prompt each. Left out: nothing.", lines=True, also=("sample_prompt",)
     )
-    negative_prompt: str = option("", "What not to show; counts where guidance is more than 1.", multiline=True)
-    width: int = option(1024, "Width in pixels.", ge=64, le=8192, step=16)
-    height: int = option(1024, "Height in pixels.", ge=64, le=8192, step=16)
-    frames: int = option(1, "Frames of a video; 1 is a picture.", ge=1, step=1, ui_max=4096)
-    steps: int = option(20, "Steps of the sampler.", ge=1, le=1000, step=1, also=("num_inference_steps",))
-    guidance: float = option(
-        5.0,
-        "How strictly the prompt is followed (CFG), for models that need it; 1 switches it off.",
+    negative_prompt: str = option("", "What is not to be seen, for all prompts.")
+    images: list[str] = option(
+        [],
+        "For edit models and image-to-video models: the picture that each prompt starts from, or one for all.",
+        lines=True,
+    )
+    every_n_epochs: int | None = option(
+        None, "Draw after every so many epochs. Left out: not by epochs.", ge=1, step=1, also=("sample_every_n_epochs",)
+    )
+    every_n_steps: int | None = option(
+        None, "Draw after every so many steps. Left out: not by steps.", ge=1, step=1, also=("sample_every_n_steps",)
+    )
+    before_first_step: bool = option(True, "Draw also before training begins, to compare with.")
+    width: int = option(1024, "Width in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    height: int = option(1024, "Height in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    frames: int = option(
+        1, "Frames of each clip, for video models; rounded to what the model takes. 1 draws a picture.",
+        ge=1, step=1, ui_max=1000,
+    )  # fmt: skip
+    steps: int = option(20, "Denoising steps.", ge=1, step=1, ui_max=1000, also=("num_inference_steps",))
+    guidance: float | None = option(
+        None,
+        "Guidance scale of the model's pipeline. Left out: what is usual for the model.",
         ge=0,
         step=0.1,
         ui_max=100,
         also=("guidance_scale",),
     )
-    distilled_guidance: float = option(
-        4.0,
-        "The guidance that models such as Flux dev have built in.",
-        ge=0,
+    true_cfg: float = option(
+        1.0,
+        "For models with distilled guidance, such as Flux: strength of the negative prompt. 1 leaves it out; more "
+        "takes twice as long.",
+        ge=1,
         step=0.1,
         ui_max=100,
-        also=("guidance_value",),
+        advanced=True,
     )
-    seed: int = option(0, "Fixes the noise that each picture starts from.", ge=0, le=2**63 - 1, step=1)
-    every_n_steps: int | None = option(
-        None, "Make them every so many steps. Left out: not by steps.", ge=1, step=1, also=("sample_every_n_steps",)
-    )
-    every_n_epochs: int | None = option(
-        None, "Make them every so many epochs. Left out: not by epochs.", ge=1, step=1, also=("sample_every_n_epochs",)
-    )
-    before_first_step: bool = option(False, "Make them also before training begins.")
+    seed: int = option(0, "Fixes the noise that each drawing begins with.", ge=0, le=2**63 - 1, step=1)
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -152,6 +161,15 @@ class Sample(Table):
     @classmethod
     def _zero_is_never(cls, value: Any) -> Any:
         return value or None
+
+    @model_validator(mode="after")
+    def _images(self) -> Sampling:
+        if len(self.images) not in (0, 1, len(self.prompts)):
+            raise ValueError(
+                f"sample.images: give one for all prompts or one for each of the {len(self.prompts)}, "
+                f"got {len(self.images)}"
+            )
+        return self
 
 
 class TrainSettings(Table):
@@ -333,7 +351,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
-    sample: Sample | None = Field(None, json_schema_extra={"also": ("training_sampler",)})
+    sample: Sampling = Field(Sampling(), json_schema_extra={"also": ("training_sampler",)})
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
     @classmethod
@@ -387,8 +405,8 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
-    if settings.sample:
-        found.append("sample: pictures while training are not available yet; leave the table out")
+    if settings.sample.prompts:
+        found.append("sample.prompts: nothing can be drawn yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     if settings.adapter is None:
