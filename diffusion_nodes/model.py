@@ -10,7 +10,7 @@ import inspect
 from functools import cache
 from typing import Any, ClassVar
 
-from ..models import configs, family_named
+from ..models import configs, families, family_named
 from ..models.base import ModelConfig
 from ..utils.config import SettingsError, Table, option
 from .model_contracts import Contract, contracts
@@ -18,6 +18,7 @@ from .schema import SettingsNode, Socket, Widget, has_tables, widget
 
 IN_MODEL_CONFIG = ("type", "dtype", "transformer_dtype", "timestep_sample_method")
 """Options that the ModelConfig node sets for every family."""
+NOT_YET = "This version cannot train it yet."
 
 
 class NodeOptions(Table):
@@ -82,8 +83,9 @@ def _node(name: str) -> type[ModelNode]:
     required, optional = ({key: _input(table, contract, key) for key in section} for section in keys)
     texts = [key for key, entry in {**required, **optional}.items() if isinstance(entry, Widget)
              and entry.kind == "STRING"]  # fmt: skip
+    doc = table.__doc__ if contract.family in families() else f"{table.__doc__} {NOT_YET}"
     return type(name, (ModelNode,), {
-        "__doc__": table.__doc__, "__module__": __name__, "FAMILY": contract.family,
+        "__doc__": doc, "__module__": __name__, "FAMILY": contract.family,
         "FUNCTION": contract.function, contract.function: ModelNode.config,
         "VALIDATE_INPUTS": classmethod(_validator(texts)), "REQUIRED": required, "OPTIONAL": optional})  # fmt: skip
 

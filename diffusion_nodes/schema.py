@@ -85,10 +85,8 @@ class Widget:
             elif not self.note:
                 text += f" {word}: not used."
         if _hint(self.field, "picker"):
-            text += (
-                f" A name below ComfyUI's models/{_hint(self.field, 'picker')} is enough; the node's right-click menu "
-                "offers them."
-            )
+            kind = _hint(self.field, "picker")
+            text += f" A name below ComfyUI's models/{kind} is enough. The node's right-click menu offers them."
         return " ".join(filter(None, [text.strip(), self.note]))
 
     def declaration(self) -> tuple[str | list[str], dict[str, Any]]:

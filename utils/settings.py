@@ -286,6 +286,19 @@ class TrainSettings(Table):
         False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True
     )
 
+    reset_dataloader: bool = option(
+        False, "When resuming, begin the epoch that was stopped with its first picture again.", advanced=True
+    )
+    reset_optimizer: bool = option(
+        False, "When resuming, take the weights alone: running averages of the optimizer begin anew.", advanced=True
+    )
+    reset_optimizer_params: bool = option(
+        False,
+        "When resuming, take the optimizer's numbers (weight_decay, betas ...) from these settings, not from the "
+        "checkpoint. Its learning rate always comes from here.",
+        advanced=True,
+    )
+
     caching_batch_size: int = option(
         1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024
     )
@@ -313,6 +326,15 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    dump_dataset: str | None = option(
+        None,
+        "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
+        "Left out: train.",
+        advanced=True,
+    )
+    i_know_what_i_am_doing: bool = option(
+        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+    )
 
     eval_datasets: list[EvalDataset] = option(
         [], "Datasets whose loss is measured while training: TOML files, or tables with name and config.", lines=True
