@@ -138,7 +138,7 @@ class HiDreamConfig(_Shifted):
     """HiDream-I1."""
 
     type: Literal["hidream"] = "hidream"
-    transformer_dtype: StorageDtype | Literal["nf4"] | None = option(
+    transformer_dtype: StorageDtype | Literal["nf4"] | None = option(  # type: ignore[assignment]
         None, "Precision that the frozen transformer weights are stored in. Left out: the same as dtype."
     )
     diffusers_path: str = _folder(required=True)

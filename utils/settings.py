@@ -373,7 +373,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
-    sample: Sampling = Field(Sampling(), json_schema_extra={"also": ("training_sampler",)})
+    sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
     @classmethod
