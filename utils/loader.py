@@ -102,7 +102,8 @@ class Loader:
         source = generator("noise", self._seed, epoch, sample.key, draw.repeat)
         noise = torch.randn(value.media["latents"].shape, generator=source)
         quantile = torch.rand((), generator=source, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).item()
-        return Example(value.media, value.text, noise, quantile, value.controls), value.mask
+        seed = derive_seed("further", self._seed, epoch, sample.key, draw.repeat)
+        return Example(value.media, value.text, noise, quantile, value.controls, seed), value.mask
 
     def _value(self, sample: Sample, view: View) -> Encoded:
         value = self._cache.load(sample, view)
