@@ -115,6 +115,11 @@ class Batch:
     weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     """Weight of each element of the loss; broadcasts against `target`."""
 
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside its work."""
+        inputs = tuple(tensor.pin_memory() for tensor in self.inputs)
+        return Batch(inputs, self.target.pin_memory(), self.weight.contiguous().pin_memory())
+
 
 @dataclass(frozen=True)
 class SampleRequest:
