@@ -39,6 +39,7 @@ from .base import (
     read_json,
     require_path,
     resolution_shift,
+    write_json,
 )
 from .wan_files import (
     HEAD_DIM,
@@ -96,6 +97,7 @@ class WanConfig(ModelConfig):
         "Folder of the whole model, as Wan-AI publishes it or in diffusers layout. What a path below names is taken "
         "from there instead.",
         picker="diffusers",
+        also=("diffusers_path",),
     )
     transformer_path: str | None = option(
         None,
@@ -490,7 +492,7 @@ class Wan(Family):
             part.save_pretrained(folder / name)
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
         index["tokenizer"] = ["transformers", "T5TokenizerFast"]
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2), "utf-8")
+        write_json(folder / "model_index.json", index)
         return {"type": "wan", "ckpt_path": str(folder), "dtype": "float32"}
 
 
@@ -673,5 +675,5 @@ def _write_tokenizer(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": TEXT_LENGTH}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
     return len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
