@@ -157,6 +157,8 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    model_folder: ClassVar[str] = "diffusion_models"
+    """Folder of ComfyUI's models in which an exported model belongs."""
     float32: ClassVar[tuple[str, ...]] = ()
     """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()
@@ -328,6 +330,11 @@ class Family(ABC):
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A denoiser's parameters, by name, as the single file that ComfyUI loads has them."""
         return dict(tensors)
+
+    def further_tensors(self) -> dict[str, torch.Tensor]:
+        """What that file holds besides, by its names there and in its own precision: a checkpoint has VAE and text
+        encoders, too. Tensors that lie in a file are best given as they are mapped."""
+        return {}
 
     @abstractmethod
     def pipeline(self, denoiser: nn.Module, device: torch.device, text_encoders: bool = True) -> Any:
