@@ -171,8 +171,8 @@ def test_refusals(bench: Bench, changes: dict[str, Any], message: str) -> None:
         bench.train(**{**FULL, **changes})
 
 
-def test_further_tensors_lie_in_the_same_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_tensors_lie_in_the_same_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     kind: type[Family] = families()["flux"]
-    monkeypatch.setattr(kind, "further_tensors", lambda self: {"vae.some": torch.arange(3)})
+    monkeypatch.setattr(kind, "other_tensors", lambda self, names: {"vae.some": torch.arange(3)})
     result = bench.train(**{**FULL, "max_steps": 1})
     assert load_file(newest_export(result))["vae.some"].tolist() == [0, 1, 2]

@@ -53,7 +53,7 @@ class Exporter:
         export_model(
             target,
             self.trained.everything(dtype, self.family.float32) if self.is_writer else {},
-            lambda weights: {**self.family.further_tensors(), **self.family.comfyui_tensors(weights)},
+            lambda weights: {**self.family.other_tensors(weights), **self.family.comfyui_tensors(weights)},
             about,
             copies,
             part=str(self.stage) if self.is_writer else None,
