@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..models.base import Layer
 from . import attention
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import Trained, load_checkpoint, newest_checkpoint
+from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
@@ -25,6 +28,7 @@ from .loader import Loader
 from .loop import Loop, Position
 from .losses import loss_for
 from .metrics import Curves
+from .offload import BlockSwap, swapped
 from .optimizers import build_optimizer
 from .pipeline import Chain, Engine, build_engine, partition
 from .run_folder import RunFolder, Status
@@ -201,23 +205,29 @@ class Trainer:
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
-        mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
-        self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
+        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         assert isinstance(s.adapter, Lora)  # settings refuse anything else
         inject(denoiser, self.family, s.adapter, s.seed)
         if s.adapter.init_from_existing:
             load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        if swap:
+            swap.bind()
         chain = Chain(
             layers,
             s.pipeline_stages,
             bounds,
             loss_for(s),
-            checkpointing=bool(s.activation_checkpointing),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=s.adapter.dropout > 0,
+                compiled=s.compile,
+            ),
+            swap,
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=s.adapter.dropout > 0,
         )
         del denoiser, layers
         parameters = {names[p]: p for p in chain.parameters() if p.requires_grad}
@@ -236,6 +246,24 @@ class Trainer:
             use_graphs=s.cuda_graphs and not s.adapter.dropout,
         )
         return engine, Trained(names, chain, optimizer)
+
+    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+        """Reads the weights of this stage, those of swapped blocks into main memory."""
+        device = self.world.device
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        apart = {layer.name for layer in waiting}
+        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        if not waiting:
+            return None
+        swap = BlockSwap(device)
+        for layer in waiting:
+            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            swap.take(layer)
+        return swap
+
+
+def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
+    return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
