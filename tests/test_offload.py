@@ -18,8 +18,8 @@ class LateLane(Lane):
     """The worst that a stream may do: the target is spoilt when a copy is asked for, its values come when waited for."""
 
     def copy(self, target, source):
-        target.view(torch.uint8).fill_(0xFF)  # not a number, in every float
-        return target, source
+        target.detach().view(torch.uint8).fill_(0xFF)  # not a number, in every float
+        return target.detach(), source.detach()
 
     def wait(self, copy):
         if copy is not None:
@@ -122,6 +122,32 @@ def test_blocks_of_any_size_and_passes_in_any_order(widths: list[int], kinds: st
         assert torch.equal(ours, exact)
 
 
+def test_blocks_are_there_before_they_are_needed() -> None:
+    blocks, layers = chain([16, 16, 8, 8, 8, 16, 8, 24])
+    swap = BlockSwap(CPU)
+    for layer in layers:
+        swap.take(layer)
+    swap.bind()
+    loads, needed, load, need = [], [], swap._load, swap._need
+
+    def load_and_note(number: int) -> None:
+        if number not in swap._loaded:
+            loads.append(number)
+            assert not needed or needed[-1] < 0, "sent for only when it was needed"
+        load(number)
+
+    def need_and_note(number: int, *first: object) -> None:
+        needed.append(number)
+        need(number, *first)
+        needed.append(-1)
+
+    swap._load, swap._need = load_and_note, need_and_note
+    passes(layers, swap, blocks, "FBFB")
+    there = len(blocks) - min(len(swap._first), len(swap._last))
+    assert len(needed) == 2 * 4 * len(blocks)
+    assert len(loads) <= 4 * there
+
+
 def test_network_works_outside_of_the_chain() -> None:
     blocks, layers = chain([8, 16, 8, 8])
     x = torch.linspace(-1, 1, 8).view(2, 4)
@@ -149,7 +175,9 @@ def test_only_frozen_weights_leave() -> None:
         assert all((parameter.data_ptr() in pool) != parameter.requires_grad for parameter in block.parameters())
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [5]), (2, [2, 5]), (3, [1, 3, 5]), (9, [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (1, [5]), (2, [2, 5]), (3, [1, 3, 5]), (9, [0, 1, 2, 3, 4, 5])]
+)
 def test_swapped_blocks_are_spread(count: int, expected: list[int]) -> None:
     layers = chain([8] * 6)[1]
     assert [layer.name for layer in swapped(layers, layers, count)] == [f"b{n}" for n in expected]

@@ -63,7 +63,8 @@ class Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Copies once all work issued so far is done; returns what to `wait` for."""
+        """Copies once all work issued so far is done; returns what to `wait` for. Autograd sees nothing of it."""
+        target, source = target.detach(), source.detach()
         if self._stream is None:
             target.copy_(source)
             return None
@@ -316,7 +317,9 @@ def _move(unit: _Unit, memory: Tensor, keep: bool) -> None:
             view.copy_(tensor)
         elif tensor.requires_grad:
             continue
-        tensor.data = view.data  # an alias with a version of its own: autograd would take a block's arrival for a change
+        tensor.data = (
+            view.data
+        )  # an alias with a version of its own: autograd would take a block's arrival for a change
 
 
 def swapped(layers: Sequence[Layer], mine: Sequence[Layer], blocks_to_swap: int) -> list[Layer]:

@@ -21,7 +21,7 @@ from .config import Dtype, SettingsError, Table, option, read_toml, validate, wi
 logger = logging.getLogger(__name__)
 
 
-ActivationCheckpointing = bool | Annotated[int, Field(ge=1)] | Literal["selective", "unsloth"]
+ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
 
 
 class Lora(Table):
@@ -330,6 +330,13 @@ class TrainSettings(Table):
         pairs = [[1, value]] if isinstance(value, int) else value
         if pairs is not None and (not pairs or not all(len(pair) == 2 and min(pair) >= 1 for pair in pairs)):
             raise ValueError(f"must be at least 1, or pairs such as [[512, 4], [1024, 1]], got {value}")
+        return value
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _checkpointing(cls, value: Any) -> Any:
+        if not (isinstance(value, int) and value >= 0) and value not in ("selective", "unsloth"):
+            raise ValueError(f"must be true, false, a number of blocks, 'selective' or 'unsloth', got {value!r}")
         return value
 
     def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
