@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 class LateLane(Lane):
-    """The worst that a stream may do: the target is spoilt when a copy is asked for, its values come when waited for."""
+    """The worst that a stream may do: the target is spoilt when a copy is asked for, and filled when waited for."""
 
     def copy(self, target, source):
         target.detach().view(torch.uint8).fill_(0xFF)  # not a number, in every float

@@ -317,9 +317,7 @@ def _move(unit: _Unit, memory: Tensor, keep: bool) -> None:
             view.copy_(tensor)
         elif tensor.requires_grad:
             continue
-        tensor.data = (
-            view.data
-        )  # an alias with a version of its own: autograd would take a block's arrival for a change
+        tensor.data = view.data  # has a version of its own: to autograd a block that arrives is no change
 
 
 def swapped(layers: Sequence[Layer], mine: Sequence[Layer], blocks_to_swap: int) -> list[Layer]:
