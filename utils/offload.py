@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,19 +157,19 @@ class BlockSwap:
 
     def take(self, layer: Layer) -> None:
         """Moves the weights of a block, wherever they are, to main memory."""
-        places, offset = [], 0
-        for owner, name, tensor in _weights(layer.submodules.values()):
-            places.append((owner, name, offset))
-            offset += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
-        unit = _Unit(layer.name, list(layer.submodules.values()), main_memory(offset, self.device), places)
+        places, size = _layout(_weights(layer.submodules.values()))
+        unit = _Unit(layer.name, list(layer.submodules.values()), main_memory(size, self.device), places)
         _move(unit, unit.host, keep=True)
-        self._index[layer.name] = len(self._units)
         self._units.append(unit)
 
     def bind(self) -> None:
         """Lets the frozen weights point to their places on the device, and moves the trained ones there."""
+        for unit in self._units:
+            self._part_with_trained(unit)
+        self._units = [unit for unit in self._units if unit.places]
+        self._index = {unit.name: number for number, unit in enumerate(self._units)}
         sizes = [len(unit.host) for unit in self._units]
-        pool_size = max(sum(sizes[n : n + NUM_PLACES]) for n in range(len(sizes)))
+        pool_size = max((sum(sizes[n : n + NUM_PLACES]) for n in range(len(sizes))), default=0)
         start = 0
         for unit in self._units:
             unit.start = start if start + len(unit.host) <= pool_size else 0
@@ -177,10 +177,6 @@ class BlockSwap:
         self._plan()
         self._pool = torch.empty(pool_size, dtype=torch.uint8, device=self.device)
         for unit in self._units:
-            for module in unit.modules:
-                for parameter in module.parameters():
-                    if parameter.requires_grad:
-                        parameter.data = parameter.data.to(self.device)
             self._to_pool(unit)
         self.start()
         logger.info(
@@ -189,6 +185,19 @@ class BlockSwap:
             self.main_bytes / 2**30,
             pool_size / 2**30,
         )
+
+    def _part_with_trained(self, unit: _Unit) -> None:
+        """Trained weights go to the device; what is frozen moves together."""
+        for module in unit.modules:
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.device, copy=True)
+        frozen = [(owner, name) for owner, name, _ in unit.places if not getattr(owner, name).requires_grad]
+        if len(frozen) < len(unit.places):
+            unit.places, size = _layout((owner, name, getattr(owner, name)) for owner, name in frozen)
+            host = main_memory(size, self.device)
+            _move(unit, host, keep=True)
+            unit.host = host
 
     def _plan(self) -> None:
         for number, unit in enumerate(self._units):
@@ -308,6 +317,15 @@ def _weights(modules: Any) -> Iterator[tuple[nn.Module, str, Tensor]]:
                     yield owner, name, tensor
 
 
+def _layout(weights: Iterable[tuple[nn.Module, str, Tensor]]) -> tuple[list[tuple[nn.Module, str, int]], int]:
+    """Where each weight begins in one piece of memory, and how large that is."""
+    places, size = [], 0
+    for owner, name, tensor in weights:
+        places.append((owner, name, size))
+        size += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+    return places, size
+
+
 def _move(unit: _Unit, memory: Tensor, keep: bool) -> None:
     """Lets the frozen weights of a block point into ``memory``; ``keep`` copies their values there."""
     for owner, name, offset in unit.places:
@@ -315,8 +333,6 @@ def _move(unit: _Unit, memory: Tensor, keep: bool) -> None:
         view = memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if keep:
             view.copy_(tensor)
-        elif tensor.requires_grad:
-            continue
         tensor.data = view.data  # has a version of its own: to autograd a block that arrives is no change
 
 
