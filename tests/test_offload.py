@@ -8,6 +8,7 @@ from diffusion_trainer.models import families
 from diffusion_trainer.models.base import Layer
 from diffusion_trainer.utils import offload
 from diffusion_trainer.utils.offload import BlockSwap, Lane, swapped
+from safetensors.torch import load_file
 from torch import nn
 from training import Bench, Result
 
@@ -64,6 +65,17 @@ def test_swapping_changes_no_bit(bench: Bench, plain: Result, changes: dict) -> 
 def test_float8_weights_travel_with_their_scales(bench: Bench) -> None:
     stored = {"epochs": 1, "model": {"transformer_dtype": "float8"}}
     assert_same(bench.train(**stored), bench.train(**stored, blocks_to_swap=100))
+
+
+def test_weights_that_stay_frozen_are_exported(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    part = {"epochs": 1, "adapter": None, "train_only": ["norm", r"^transformer_blocks\.0"], "optimizer": {"lr": 1e-3}}
+    files = [
+        load_file(next(Path(bench.train(**part, blocks_to_swap=count).status.exports[-1]).glob("*.safetensors")))
+        for count in (0, 100)
+    ]
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+    assert not any(value.isnan().any() for value in files[0].values())
 
 
 class Block(nn.Module):

@@ -95,7 +95,7 @@ class Inputs:
         self._last = Held(self, inputs, before)
         for n, tensor in enumerate(inputs):
             if tensor.nbytes >= MIN_BYTES and not any(tensor is other for other in known):
-                self._last.copy_away(n, self._memory(tensor.nbytes))
+                self._last.copy_away(n, tensor, self._memory(tensor.nbytes))
         if before:
             before.let_go()
         return self._last
@@ -122,9 +122,9 @@ class Held:
         self._coming: dict[int, Any] = {}
         self._was_called = False
 
-    def copy_away(self, place: int, memory: Tensor) -> None:
-        """Begins to copy input ``place``."""
-        self._away[place] = memory, self._store.lane.copy(self._view(place, memory), self.tensors[place])
+    def copy_away(self, place: int, tensor: Tensor, memory: Tensor) -> None:
+        """Begins to copy input ``place``, which is ``tensor``."""
+        self._away[place] = memory, self._store.lane.copy(self._view(place, memory), tensor)
 
     def let_go(self) -> None:
         """Frees what was copied."""

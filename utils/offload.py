@@ -278,6 +278,17 @@ class BlockSwap:
                 self._to_pool(unit)
 
     @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Frozen weights can be read, but not used: they point to main memory."""
+        for unit in self._units:
+            _move(unit, unit.host, keep=False)
+        try:
+            yield
+        finally:
+            for unit in self._units:
+                self._to_pool(unit)
+
+    @contextmanager
     def hooked(self) -> Iterator[None]:
         """The network can be called as a whole, without gradients, outside of the chain of layers."""
         handles, compiled, current = [], {}, [-1]

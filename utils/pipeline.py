@@ -18,6 +18,7 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -120,6 +121,10 @@ class Chain(PipelineModule):
         self._checkpointing.finish()
         if self.swap:
             self.swap.settle()
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """All weights can be read."""
+        return self.swap.at_rest() if self.swap else contextlib.nullcontext()
 
     def forget(self) -> None:
         """What was issued last may never have run."""
