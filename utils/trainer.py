@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from . import attention
+from ..models.base import Layer
+from . import attention, preview
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import load_checkpoint, newest_checkpoint
+from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
@@ -26,6 +30,7 @@ from .loader import Loader
 from .loop import Loop, Position
 from .losses import loss_for
 from .metrics import Curves
+from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
 from .run_folder import RunFolder, Status
@@ -77,6 +82,9 @@ class Trainer:
     def _train(self) -> None:
         s = self.settings
         self.family.check_files()
+        if s.dump_dataset:
+            self._dump_dataset(Path(s.dump_dataset).expanduser())
+            return
         cache = self._prepare_data()
         if s.cache_only:
             logger.info("the cache is complete, and cache_only is on: done")
@@ -89,9 +97,17 @@ class Trainer:
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
-            progress = load_checkpoint(newest_checkpoint(self.folder), trained)
+            progress = load_checkpoint(
+                newest_checkpoint(self.folder),
+                trained,
+                optimizer_state=not s.reset_optimizer,
+                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+            )
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
+            if s.reset_dataloader:
+                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
+                position.step_in_epoch, position.epoch_loss = 0, 0.0
             logger.info("resumed after step %d", position.step)
         loader = Loader(
             cache,
@@ -171,6 +187,17 @@ class Trainer:
             raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
         return cache
 
+    def _dump_dataset(self, target: Path) -> None:
+        """Writes up to 100 samples, of all buckets alike, as the model will see them."""
+        if self.world.rank == 0:
+            samples, report = self._scan(Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache"))
+            report.count(samples)
+            report.log()
+            count = preview.dump(preview.choose(samples, 100, self.settings.seed), target, self.family.fps)
+            logger.info("%d samples were written to '%s', because dump_dataset is set: done", count, target)
+        self.world.barrier()
+        self.control.say(state="finished", phase="")
+
     def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
         s = self.settings
         last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
@@ -213,8 +240,7 @@ class Trainer:
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
-        mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
-        self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
+        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         rates = {**s.learning_rates, **self.family.learning_rates()}
         if s.adapter:
             inject(denoiser, self.family, s.adapter, s.seed)
@@ -225,15 +251,22 @@ class Trainer:
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         dropout = bool(s.adapter and s.adapter.dropout)
+        if swap:
+            swap.bind()
         chain = Chain(
             layers,
             s.pipeline_stages,
             bounds,
             loss_for(s),
-            checkpointing=bool(s.activation_checkpointing),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=dropout,
+                compiled=s.compile,
+            ),
+            swap,
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=dropout,
         )
         del denoiser, layers
         trained = Trained(
@@ -254,6 +287,24 @@ class Trainer:
             use_graphs=s.cuda_graphs and not dropout,
         )
         return engine, trained
+
+    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+        """Reads the weights of this stage, those of swapped blocks into main memory."""
+        device = self.world.device
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        apart = {layer.name for layer in waiting}
+        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        if not waiting:
+            return None
+        swap = BlockSwap(device)
+        for layer in waiting:
+            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            swap.take(layer)
+        return swap
+
+
+def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
+    return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
