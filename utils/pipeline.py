@@ -17,7 +17,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -182,6 +182,39 @@ class Engine(PipelineEngine):
         (loss / self.micro_batches).backward()
         return loss.detach()
 
+    def measure(self, batches: Iterable[Batch]) -> list[float]:
+        """The loss of each sample of ``batches``, forward only, on the last stage; elsewhere nothing.
+
+        All stages are given the same batches. Weights, gradients and random state stay as they are.
+        """
+        training = self.module.training
+        self.module.eval()
+        self._reserve_pipe_buffers(1)
+        losses = []
+        with torch.no_grad():
+            for inputs, labels in as_micro_batches(batches):
+                if self.is_first_stage():
+                    self.pipe_buffers["inputs"][0] = self._to_device(inputs)
+                else:
+                    self._exec_recv_activations(0)
+                outputs = self.module(self.pipe_buffers["inputs"][0])
+                if self.is_last_stage():
+                    losses.append(self._losses(outputs, self._to_device(labels)))
+                else:
+                    self.pipe_buffers["outputs"][0] = outputs
+                    self._exec_send_activations(0)
+        self.pipe_buffers["inputs"][0] = self.pipe_buffers["outputs"][0] = None
+        self.module.train(training)
+        return torch.cat(losses).tolist() if losses else []
+
+    def _losses(self, outputs: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss of each row of a batch."""
+        target, weight = labels
+        rows = [weight[n : n + 1] if weight.ndim and len(weight) == len(target) else weight for n in range(len(target))]
+        return torch.stack(
+            [self.module.loss_fn(outputs[n : n + 1], (target[n : n + 1], row)) for n, row in enumerate(rows)]
+        )
+
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
@@ -322,7 +355,7 @@ def build_engine(
 
 
 def as_micro_batches(
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
     """Batches in the form that the engine reads."""
     for batch in batches:

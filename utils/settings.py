@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,13 @@ class Optimizer(Table):
         if value is not None and not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"each must be at least 0 and less than 1, got {value}")
         return value
+
+
+class EvalDataset(Table):
+    """A set whose loss is measured while training."""
+
+    name: str = option(..., "Name of its curves.", pattern=r"^[^/\\]+$")
+    config: str | dict[str, Any] = option(..., "The dataset's TOML, or its tables.")
 
 
 class Monitoring(Table):
@@ -234,12 +242,18 @@ class TrainSettings(Table):
     save_every_n_steps: int | None = option(
         None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1
     )
+    save_every_n_examples: int | None = option(
+        None, "Export the adapter or model after every so many pictures. Left out: not by pictures.", ge=1, step=1
+    )
     save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
     checkpoint_every_n_epochs: int | None = option(
         None,
         "Write a checkpoint, from which training can go on, after every so many epochs. Left out: not by epochs.",
         ge=1,
         step=1,
+    )
+    checkpoint_every_n_steps: int | None = option(
+        None, "Write a checkpoint after every so many steps. Left out: not by steps.", ge=1, step=1
     )
     checkpoint_every_n_minutes: int | None = option(
         None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1
@@ -277,18 +291,36 @@ class TrainSettings(Table):
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
 
-    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
+    eval_datasets: list[Any] = option(
+        [],
+        "Datasets whose loss is measured while training: TOML files, or tables with a name and a config, which is "
+        "such a file or the tables of one.",
+        multiline=True,
+    )
     eval_every_n_epochs: int | None = option(
         None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1
     )
     eval_every_n_steps: int | None = option(
         None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1
     )
-    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
-    eval_micro_batch_size_per_gpu: int | None = option(
-        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1
+    eval_every_n_examples: int | None = option(
+        None, "Measure the loss of eval_datasets every so many pictures. Left out: not by pictures.", ge=1, step=1
     )
-    eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
+    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
+    eval_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", step=1, ui_max=1024
+    )
+    eval_image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None, "The same for pictures among videos. Left out: as for videos.", step=1, ui_max=1024, advanced=True
+    )
+    eval_gradient_accumulation_steps: int = option(
+        1,
+        "Accepted from older files: evaluation always hands on one micro-batch after the other.",
+        ge=1,
+        step=1,
+        ui_max=1024,
+        advanced=True,
+    )
 
     steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
     logging_steps: int = option(
@@ -314,7 +346,30 @@ class TrainSettings(Table):
     monitoring: Monitoring = Monitoring()
     sample: Sampling = Sampling()
 
-    @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, values: Any) -> Any:
+        """Names that files have for options which are called otherwise."""
+        if isinstance(values, dict) and "image_eval_micro_batch_size_per_gpu" in values:
+            values = dict(values)
+            values.setdefault("eval_image_micro_batch_size_per_gpu", values.pop("image_eval_micro_batch_size_per_gpu"))
+        return values
+
+    @field_validator("eval_datasets")
+    @classmethod
+    def _eval_datasets(cls, entries: list[Any]) -> list[EvalDataset]:
+        sets = [_eval_dataset(number, entry) for number, entry in enumerate(entries)]
+        for name, count in Counter(entry.name for entry in sets).items():
+            if count > 1:
+                raise ValueError(f"{count} sets are called '{name}'; give each its own name")
+        return sets
+
+    @field_validator(
+        "micro_batch_size_per_gpu",
+        "image_micro_batch_size_per_gpu",
+        "eval_micro_batch_size_per_gpu",
+        "eval_image_micro_batch_size_per_gpu",
+    )
     @classmethod
     def _micro_batch(cls, value: int | list[list[int]] | None) -> int | list[list[int]] | None:
         pairs = [[1, value]] if isinstance(value, int) else value
@@ -325,10 +380,13 @@ class TrainSettings(Table):
     def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
         """Samples of this size that one GPU works on at once."""
         value = self.image_micro_batch_size_per_gpu if frames == 1 else None
-        value = value or self.micro_batch_size_per_gpu
-        if isinstance(value, int):
-            return value
-        return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+        return _by_size(value or self.micro_batch_size_per_gpu, width, height)
+
+    def eval_micro_batch(self, width: int, height: int, frames: int = 1) -> int:
+        """The same for evaluation."""
+        value = self.eval_image_micro_batch_size_per_gpu if frames == 1 else None
+        value = value or self.eval_micro_batch_size_per_gpu
+        return _by_size(value, width, height) if value else self.micro_batch(width, height, frames)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -350,6 +408,23 @@ class TrainSettings(Table):
         return self
 
 
+def _by_size(value: int | list[list[int]], width: int, height: int) -> int:
+    """A micro-batch size, or that of the nearest resolution."""
+    if isinstance(value, int):
+        return value
+    return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+
+
+def _eval_dataset(number: int, entry: Any) -> EvalDataset:
+    if isinstance(entry, EvalDataset):
+        return entry
+    if isinstance(entry, str):
+        entry = {"name": f"eval{number}", "config": entry}
+    if not isinstance(entry, dict):
+        raise ValueError(f"each must be a TOML file or a table with name and config, got {entry!r}")
+    return validate(EvalDataset, entry, f"eval_datasets[{number}]")
+
+
 def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
@@ -360,10 +435,6 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         )
     if settings.activation_checkpointing == "unsloth":
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
-    if settings.eval_datasets:
-        found.append("eval_datasets: evaluation is not available yet; leave it out")
-    if settings.sample.prompts:
-        found.append("sample.prompts: nothing can be drawn yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     if settings.adapter is None:
