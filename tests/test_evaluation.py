@@ -115,7 +115,10 @@ def test_files_of_settings(bench: EvalBench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ([{"name": "a", "config": {"directory": [{"pth": "/d"}]}}], "eval_datasets[0].config: directory[0].pth: unknown"),
+        (
+            [{"name": "a", "config": {"directory": [{"pth": "/d"}]}}],
+            "eval_datasets[0].config: directory[0].pth: unknown",
+        ),
         ([{"name": "a", "config": "/nowhere.toml"}], "eval_datasets[0].config: /nowhere.toml: cannot be read"),
         ([{"name": "a/b", "config": {}}], "eval_datasets[0].name"),
         ([3], "eval_datasets: each must be a TOML file or a table with name and config"),
