@@ -21,14 +21,18 @@ from ..utils.config import SettingsError, write_toml
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
-from ..utils.settings import as_toml, family_of, parse_dataset_settings, parse_train_settings
+from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy
+from .schema import widget
 
 logger = logging.getLogger(__name__)
 
 NEW_RUN, LATEST = "new run", "latest"
 LISTED_RUNS = 50
 POLL_SECONDS = 0.5
+RUN_OPTIONS = ("reset_dataloader", "regenerate_cache", "cache_only", "trust_cache", "i_know_what_i_am_doing",
+               "dump_dataset", "reset_optimizer_params")  # fmt: skip
+"""Settings that are inputs here, because they concern one run and not the training as such."""
 _RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?")
 
 
@@ -64,6 +68,7 @@ class Train:
             "optional": {
                 "resume_from_checkpoint": ("STRING", {
                     "default": "", "tooltip": "Name of a run folder to go on with. Empty: what 'resume' says."}),
+                **{key: widget(TrainSettings, key).declaration() for key in RUN_OPTIONS},
                 "wait": ("BOOLEAN", {
                     "default": True, "tooltip": "Stay here until the training has ended. Off: go on once it runs; the "
                     "LoRA then stays in the run folder."}),
@@ -95,7 +100,7 @@ class Train:
     async def execute(
         self, dataset_config: Mapping[str, Any], train_config: Mapping[str, Any], config_path: str = "",
         resume_from_checkpoint: str = "", wait: bool = True, resume: str = NEW_RUN, share_gpu: bool = False,
-        grace_seconds: int = 60, unique_id: str | None = None,
+        grace_seconds: int = 60, unique_id: str | None = None, **run_options: Any,
     ) -> tuple[str, str, str, str]:  # fmt: skip
         """Trains, or joins the run that already trains with these settings.
 
@@ -104,7 +109,7 @@ class Train:
             ProcessError: The GPUs are in use, or the processes cannot be started.
             RuntimeError: The training failed; holds the cause and the end of its log.
         """
-        train, dataset = _tables(train_config, dataset_config)
+        train, dataset = _tables({**train_config, **_chosen(run_options)}, dataset_config)
         asked = _asked_run(resume_from_checkpoint, resume, train.pop("resume_from_checkpoint", False))
         identity = hashlib.sha256(json.dumps([train, dataset], sort_keys=True).encode()).hexdigest()
         run = launch.find(identity)
@@ -139,6 +144,12 @@ def _tables(
                 directory[key] = comfy.resolve(directory[key])
         directory["control_paths"] = [comfy.resolve(path) for path in directory.get("control_paths") or []]
     return train, dataset
+
+
+def _chosen(run_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is switched on or filled in, of the settings that are inputs of this node."""
+    read = {key: widget(TrainSettings, key).read(value) for key, value in run_options.items()}
+    return {key: value for key, value in read.items() if value}
 
 
 def _asked_run(typed: str, chosen: str, configured: bool | str) -> str:

@@ -35,6 +35,8 @@ else:
     torch = lazy("torch")
     stored = lazy(__name__.split(".models.")[0] + ".utils.storage")
 
+Encodings = Mapping[str, "torch.Tensor | Sequence[torch.Tensor]"]
+"""Values of captions by name, batch first; a list where captions differ in length."""
 StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
 
 
@@ -47,6 +49,7 @@ class ModelConfig(Table):
         None,
         "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
         "Left out: the same as dtype.",
+        also=("diffusion_model_dtype",),
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."
@@ -97,6 +100,8 @@ class Example:
     """Uniform in (0, 1); `timestep` turns it into the noise level."""
     controls: tuple[dict[str, torch.Tensor], ...] = ()
     """What `encode_media` gave for each control picture, at the size of ``media``."""
+    seed: int = 0
+    """For what else a family draws at random; it depends on what noise and quantile depend on."""
 
 
 @dataclass
@@ -109,6 +114,11 @@ class Batch:
     """Shaped like the prediction, float32."""
     weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     """Weight of each element of the loss; broadcasts against `target`."""
+
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside its work."""
+        inputs = tuple(tensor.pin_memory() for tensor in self.inputs)
+        return Batch(inputs, self.target.pin_memory(), self.weight.contiguous().pin_memory())
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,8 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
     float32: ClassVar[tuple[str, ...]] = ()
     """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()
@@ -222,12 +234,15 @@ class Family(ABC):
         """Text encoder ``name`` with its tokenizer, on ``device``."""
 
     @abstractmethod
-    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the denoiser needs of each caption, batch first, names unlike those of other encoders."""
+    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> Encodings:
+        """What the denoiser needs of each caption, batch first, names unlike those of other encoders.
+
+        Where the denoiser holds the encoder to train it, that is the caption's tokens.
+        """
 
     def encode_edit(
         self, name: str, encoder: Any, captions: Sequence[str], controls: Sequence[Sequence[torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    ) -> Encodings:
         """`encode_text` for the encoders of `text_sees_controls`.
 
         Args:
@@ -329,6 +344,14 @@ class Family(ABC):
         """A denoiser's parameters, by name, as the single file that ComfyUI loads has them."""
         return dict(tensors)
 
+    def other_tensors(self, names: Container[str]) -> dict[str, torch.Tensor]:
+        """What the single file that ComfyUI loads holds besides `comfyui_tensors`: parts that are not trained.
+
+        Args:
+            names: Parameters of the denoiser that are written as trained.
+        """
+        return {}
+
     @abstractmethod
     def pipeline(self, denoiser: nn.Module, device: torch.device, text_encoders: bool = True) -> Any:
         """The family's diffusers pipeline around a live denoiser.
@@ -427,3 +450,9 @@ def fingerprint(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A component's ``config.json``."""
     return json.loads(path.read_text("utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a component's configuration, folder and all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

@@ -42,7 +42,7 @@ def test_pictures_are_everywhere(drawn: Result) -> None:
         with (
             Image.open(io.BytesIO(images[-1].encoded_image_string)) as shown,
             Image.open(drawn.status.samples[number]) as kept,
-        ):  # noqa: E501
+        ):
             assert shown.size == kept.size == (64, 32)
             assert shown.tobytes() == kept.tobytes()
     texts = [Path(file).read_bytes() for file in sorted(drawn.folder.samples.iterdir())]

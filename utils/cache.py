@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
-from ..models.base import Family
+from ..models.base import Encodings, Family
 from .buckets import Bucket
 from .dataset import Sample
 from .index import Media, Progress
@@ -311,9 +311,7 @@ class _Work:
         del encoder
         self._let_go()
 
-    def _encode_text(
-        self, name: str, encoder: Any, captions: list[str], texts: Sequence[_Text]
-    ) -> dict[str, torch.Tensor]:
+    def _encode_text(self, name: str, encoder: Any, captions: list[str], texts: Sequence[_Text]) -> Encodings:
         if name not in self._family.text_sees_controls:
             return self._family.encode_text(name, encoder, captions)
         pictures = [[read_whole(c.source, CONTROL_PIXELS) for c in text.controls] for text in texts]

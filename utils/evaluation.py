@@ -22,7 +22,7 @@ from .config import SettingsError, read_toml
 from .dataset import Sample
 from .loader import AHEAD, READERS, Loader
 from .pipeline import Engine
-from .randomness import generator
+from .randomness import derive_seed, generator
 from .settings import DatasetSettings, TrainSettings, parse_dataset_settings
 from .world import World
 
@@ -136,4 +136,5 @@ class _Set:
         value = self._loader.value(sample, View(sample.captions[0]))
         source = generator("evaluation", sample.key, item.quantile)
         noise = torch.randn(value.media["latents"].shape, generator=source)
-        return Example(value.media, value.text, noise, item.quantile, value.controls), value.mask
+        seed = derive_seed("evaluation further", sample.key, item.quantile)
+        return Example(value.media, value.text, noise, item.quantile, value.controls, seed), value.mask

@@ -119,6 +119,7 @@ class Trainer:
             engine.grid.get_data_parallel_rank(),
             self.world.size // s.pipeline_stages,
             s.uncond_fraction,
+            self.world.device.type == "cuda",
         )
         global_batch = self._global_batch(cache.samples[0].bucket)
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
