@@ -6,6 +6,7 @@ Classes are imported when they are first used; see `diffusion_nodes.deferred`.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 from .diffusion_nodes.deferred import deferred
 from .diffusion_nodes.model_contracts import contracts
@@ -63,3 +64,10 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "LoadTrainedLoRANode": "Load Trained LoRA",
     "PlotTrainingLossNode": "Plot Training Loss",
 }
+
+
+def adopt_prompt(prompt: dict[str, Any]) -> None:
+    """Turns what earlier versions of our nodes saved in a prompt into today's, in place."""
+    from .diffusion_nodes import saved_workflows
+
+    saved_workflows.adopt_prompt(prompt, NODE_CLASS_MAPPINGS)

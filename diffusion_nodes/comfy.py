@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,20 @@ def model_path(kind: str, name: str) -> Path | None:
         if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             return path
     return None
+
+
+def before_prompts(change: Callable[[dict[str, Any]], None]) -> None:
+    """Lets ``change`` alter each prompt that is sent, before ComfyUI checks it."""
+    server = _module("server").PromptServer.instance if "server" in sys.modules else None
+    if server is None:
+        return
+
+    def handle(data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data.get("prompt"), dict):
+            change(data["prompt"])
+        return data
+
+    server.add_on_prompt_handler(handle)
 
 
 # -- what a node tells and asks while it runs ------------------------------------------------------------

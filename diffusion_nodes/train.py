@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..models import families
 from ..utils import launch
-from ..utils.config import SettingsError, write_toml
+from ..utils.config import SettingsError, read_toml, write_toml
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
@@ -267,12 +268,18 @@ def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None
 
 
 def _publish(run: launch.Run) -> str:
-    """Puts the last exported LoRA where ComfyUI's loaders look; returns its path, or nothing without one."""
+    """Puts the last exported LoRA or model where ComfyUI's loaders look; returns its path, or nothing without one."""
     exports = run.status().exports
-    source = run.folder.path / exports[-1] / "adapter_model.safetensors" if exports else None
-    if source is None or not source.is_file():
+    export = run.folder.path / exports[-1] if exports else None
+    if export is None:
         return ""
-    target = comfy.output_directory() / "loras" / f"{run.name}.safetensors"
+    folder, source = "loras", export / "adapter_model.safetensors"
+    if (export / "model.safetensors").is_file():
+        kind = read_toml(run.folder.train_toml)["model"]["type"]
+        folder, source = families()[kind].model_folder, export / "model.safetensors"
+    if not source.is_file():
+        return ""
+    target = comfy.output_directory() / folder / f"{run.name}.safetensors"
     beside = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +290,6 @@ def _publish(run: launch.Run) -> str:
             shutil.copyfile(source, beside)
         os.replace(beside, target)
     except OSError as error:
-        logger.error("%s: the LoRA could not be put into '%s': %s", source, target.parent, error)
+        logger.error("%s: the export could not be put into '%s': %s", source, target.parent, error)
         return str(source)
     return str(target)

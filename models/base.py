@@ -167,6 +167,8 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    model_folder: ClassVar[str] = "diffusion_models"
+    """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
     float32: ClassVar[tuple[str, ...]] = ()

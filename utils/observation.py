@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ..models.base import Family
@@ -14,6 +15,7 @@ from .position import Position
 from .run_folder import RunFolder
 from .samples import Previews, save
 from .settings import TrainSettings
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class Observation:
     control: Control
     evaluation: Evaluation
     previews: Previews
+    trained: Trained
 
     def due_at_start(self) -> Due:
         """What is to be looked at before the first step."""
@@ -58,11 +61,12 @@ class Observation:
         return Due(measure and bool(self.evaluation), draw and bool(self.previews))
 
     def observe(self, position: Position, curves: Curves, due: Due) -> None:
-        """Measures and draws; all processes do."""
-        if due.measure:
-            self._measure(position, curves)
-        if due.draw:
-            self._draw(position, curves)
+        """Measures and draws with the weights that are for use; all processes do."""
+        with self.trained.averaged() if due else nullcontext():
+            if due.measure:
+                self._measure(position, curves)
+            if due.draw:
+                self._draw(position, curves)
         self.control.say(now=bool(due), phase="")
 
     def _measure(self, position: Position, curves: Curves) -> None:

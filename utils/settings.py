@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -203,6 +204,24 @@ class TrainSettings(Table):
     )
     seed: int = option(
         0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1
+    )
+
+    train_only: list[str] | None = option(
+        None,
+        "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
+        multiline=True,
+        advanced=True,
+    )
+    freeze: list[str] | None = option(
+        None,
+        "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
+        multiline=True,
+        advanced=True,
+    )
+    learning_rates: dict[str, float] = option(
+        {},
+        "Learning rates of weights in whose name a regular expression is found; the first counts, 0 freezes.",
+        advanced=True,
     )
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
@@ -438,6 +457,14 @@ class TrainSettings(Table):
         losses = [key for key in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, key)]
         if len(losses) > 1:
             problems.append(f"{losses[1]}: only one loss can be used; leave out this or {losses[0]}")
+        if self.adapter is None:
+            problems += _full_problems(self)
+        elif self.train_only or self.freeze:
+            problems.append(
+                f"{'train_only' if self.train_only else 'freeze'}: chooses among all weights; with an adapter use "
+                "adapter.target_modules and adapter.exclude_modules"
+            )
+        problems += _bad_patterns(self)
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
@@ -454,6 +481,30 @@ def _by_size(value: int | list[list[int]], width: int, height: int) -> int:
     return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
 
 
+def _full_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with training all weights."""
+    model, found = settings.model, []
+    if model.dtype == "float16":
+        found.append("model.dtype: float16 cannot hold gradients of all weights; use bfloat16")
+    if model.transformer_dtype not in (None, model.dtype):
+        found.append(
+            f"model.transformer_dtype: all weights are trained, so they cannot be stored as {model.transformer_dtype}; "
+            "leave it out, or add a table [adapter]"
+        )
+    return found
+
+
+def _bad_patterns(settings: TrainSettings) -> list[str]:
+    found = []
+    for key in ("train_only", "freeze", "learning_rates"):
+        for pattern in getattr(settings, key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"{key}: '{pattern}' is not a regular expression ({error})")
+    return found
+
+
 def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
@@ -466,8 +517,6 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    if settings.adapter is None:
-        found.append("adapter: training all weights is not available yet; add a table [adapter] with type = 'lora'")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The run from settings to LoRA: dataset, cache, denoiser, engine, loop, export."""
+"""The run from settings to LoRA or model: dataset, cache, denoiser, engine, loop, export."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import attention
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
-from .checkpoint import Trained, load_checkpoint, newest_checkpoint
+from .checkpoint import load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
 from .dataset_report import Report
 from .evaluation import Evaluation, read_sets
+from .exports import Exporter
+from .finetune import choose_weights
 from .index import Index, Media
 from .live import Live, Stages, owners_of
 from .loader import Loader
@@ -30,14 +31,15 @@ from .loop import Loop
 from .losses import loss_for
 from .metrics import Curves
 from .observation import Observation
-from .optimizers import build_optimizer
+from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
 from .position import Position
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, Prompt, find_images, prompts_of, requests_of
-from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
+from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sources import printable
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -134,9 +136,18 @@ class Trainer:
             self.control,
             engine,
             trained,
+            Exporter(
+                s,
+                self.family,
+                self.world,
+                self.folder,
+                trained,
+                engine.grid.get_stage_id(),
+                engine.grid.get_data_parallel_rank() == 0,
+            ),
             sampler,
             loader,
-            self._observation(data, engine, live),
+            self._observation(data, engine, live, trained),
             position,
             total,
             len(cache.samples),
@@ -152,14 +163,14 @@ class Trainer:
         micro_batch = s.micro_batch(bucket.width, bucket.height, bucket.frames)
         return micro_batch * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)
 
-    def _observation(self, data: Data, engine: Engine, live: Live) -> Observation:
+    def _observation(self, data: Data, engine: Engine, live: Live, trained: Trained) -> Observation:
         s, grid = self.settings, engine.grid
         requests = requests_of(s.sample, self.family, data.embeddings, data.images)
         previews = Previews(
             self.family, live, requests, self.world, grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
         )
         evaluation = Evaluation(data.eval_sets, self.family, s, self.world, engine)
-        return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews)
+        return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews, trained)
 
     def _prepare_data(self) -> Data:
         s = self.settings
@@ -253,12 +264,16 @@ class Trainer:
         stage = self.world.stage(s.pipeline_stages)
         mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
         self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
-        assert isinstance(s.adapter, Lora)  # settings refuse anything else
-        inject(denoiser, self.family, s.adapter, s.seed)
-        if s.adapter.init_from_existing:
-            load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        rates = {**s.learning_rates, **self.family.learning_rates()}
+        if s.adapter:
+            inject(denoiser, self.family, s.adapter, s.seed)
+            if s.adapter.init_from_existing:
+                load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        else:
+            choose_weights(denoiser, s.train_only, s.freeze, rates)
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        dropout = bool(s.adapter and s.adapter.dropout)
         chain = Chain(
             layers,
             s.pipeline_stages,
@@ -267,31 +282,33 @@ class Trainer:
             checkpointing=bool(s.activation_checkpointing),
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=s.adapter.dropout > 0,
+            random=dropout,
         )
         owners = owners_of(layers, bounds)
         del layers
-        parameters = {names[p]: p for p in chain.parameters() if p.requires_grad}
-        if not parameters:  # DeepSpeed wants an optimizer on every stage
-            parameters = {"": nn.Parameter(torch.zeros((), device=self.world.device), requires_grad=False)}
-        optimizer = build_optimizer(s.optimizer, parameters, self.world.device, self.family.learning_rates())
-        for group in optimizer.param_groups:
+        trained = Trained(
+            names,
+            chain,
+            lambda parameters: build_optimizers(s.optimizer, parameters, rates),
+            kahan=keeps_kahan_sums(s.optimizer),
+        )
+        for group in trained.groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(
             chain,
-            optimizer,
+            trained,
             self.world,
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not s.adapter.dropout,
+            use_graphs=s.cuda_graphs and not dropout,
         )
         stages = None
         if s.pipeline_stages > 1:
             ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
             stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, stages)
-        return engine, Trained(names, chain, optimizer), live
+        return engine, trained, live
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
