@@ -145,7 +145,7 @@ class Cache:
         Raises:
             FileNotFoundError: It is not in the cache.
         """
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for name, store in self._texts.items():
             part = store.get(self.text_key(name, caption, controls))
             if part is None:

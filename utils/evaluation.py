@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class _Set:
     def batches(self, plan: Sequence[Sequence[_Item]]) -> Iterator[Batch]:
         """The micro-batches of ``plan``, read ahead."""
         with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(READERS) as readers:
-            waiting = []
+            waiting: list[Future[Batch]] = []
             for position in range(len(plan)):
                 for items in plan[position + len(waiting) : position + AHEAD + 1]:
                     waiting.append(pool.submit(self._batch, items, readers))
