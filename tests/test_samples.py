@@ -130,3 +130,16 @@ def test_clips_are_videos(tmp_path: Path) -> None:
     assert len(decoded) == 9
     colour = decoded[6].to_ndarray(format="rgb24").mean(axis=(0, 1))
     assert colour == pytest.approx([120, 140, 30], abs=6)
+
+
+def test_swapped_blocks_draw_and_measure_the_same(bench: Bench, drawn: Result) -> None:
+    config = {"resolutions": [64], "directory": [{"path": str(bench.pictures)}]}
+    changes = {
+        "epochs": 1, "adapter": {"dropout": 0.1}, "sample": {**SAMPLE, "every_n_steps": 3}, "blocks_to_swap": 4,
+        "eval_datasets": [{"name": "all", "config": config}], "eval_every_n_steps": 2,
+    }  # fmt: skip
+    swapped, stays = bench.train(**changes), bench.train(**changes, disable_block_swap_for_eval=True)
+    assert swapped.curve("loss") == stays.curve("loss") == drawn.curve("loss")[:4]
+    assert swapped.points("all/loss") == stays.points("all/loss")
+    for file in swapped.folder.samples.iterdir():
+        assert file.read_bytes() == (drawn.folder.samples / file.name).read_bytes()

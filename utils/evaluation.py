@@ -91,7 +91,7 @@ class Evaluation:
         grid = self._engine.grid
         rank, num_ranks = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
         plan = part.micro_batches(self._settings, num_ranks)[rank::num_ranks]
-        measured = self._engine.measure(part.batches(plan))
+        measured = self._engine.measure(part.batches(plan), self._settings.disable_block_swap_for_eval)
         items = [item for micro_batch in plan for item in micro_batch]
         mine = dict(zip(items, measured, strict=True)) if measured else {}
         return {item: loss for other in self._world.gather(mine) for item, loss in other.items()}

@@ -8,8 +8,8 @@ module's owner computes and broadcasts. So every family draws over stages withou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +53,17 @@ class Live(nn.Module):
     """
 
     def __init__(
-        self, denoiser: nn.Module, dtype: torch.dtype, device: torch.device, stages: Stages | None = None
+        self,
+        denoiser: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        hooked: Callable[[], AbstractContextManager[None]],
+        stages: Stages | None = None,
     ) -> None:
+        """``hooked``: makes a context within which the modules of this stage can be called by themselves."""
         super().__init__()
         self.denoiser = denoiser
-        self._dtype, self._device, self._stages = dtype, device, stages
+        self._dtype, self._device, self._hooked, self._stages = dtype, device, hooked, stages
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,7 +92,12 @@ class Live(nn.Module):
         devices = [self._device] if self._device.type == "cuda" else []
         try:
             self.denoiser.eval()
-            with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with (
+                self._hooked(),
+                torch.no_grad(),
+                torch.random.fork_rng(devices),
+                torch.compiler.set_stance("force_eager"),
+            ):
                 if self._stages is None:
                     yield self
                 else:

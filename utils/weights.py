@@ -254,4 +254,6 @@ def fill(
         setattr(module.get_submodule(owner), leaf, filled[parameter])
     for name, buffer in list(module.named_buffers()):
         owner, _, leaf = name.rpartition(".")
+        if leaf == "weight_scale":  # is where its weight is
+            continue
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
