@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..models.base import Layer
-from . import attention
+from . import attention, preview
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
@@ -101,6 +101,9 @@ class Trainer:
     def _train(self) -> None:
         s = self.settings
         self.family.check_files()
+        if s.dump_dataset:
+            self._dump_dataset(Path(s.dump_dataset).expanduser())
+            return
         data = self._prepare_data()
         cache = data.train
         if s.cache_only:
@@ -113,9 +116,17 @@ class Trainer:
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
-            progress = load_checkpoint(newest_checkpoint(self.folder), trained)
+            progress = load_checkpoint(
+                newest_checkpoint(self.folder),
+                trained,
+                optimizer_state=not s.reset_optimizer,
+                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+            )
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
+            if s.reset_dataloader:
+                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
+                position.step_in_epoch, position.epoch_loss = 0, 0.0
             logger.info("resumed after step %d", position.step)
         loader = Loader(
             cache,
@@ -223,6 +234,19 @@ class Trainer:
                 raise SettingsError(f"eval_datasets: {name}: {error}") from None
             logger.info("eval set %s: %d samples, %d left out", name, len(eval_samples[name]), len(other.left_out))
         return samples, report, eval_samples, find_images(self.settings.sample, folder / "index.sqlite")
+
+    def _dump_dataset(self, target: Path) -> None:
+        """Writes up to 100 samples, of all buckets alike, as the model will see them."""
+        if self.world.rank == 0:
+            samples, report = self._scan(
+                Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache"), self.dataset
+            )
+            report.count(samples)
+            report.log()
+            count = preview.dump(preview.choose(samples, 100, self.settings.seed), target, self.family.fps)
+            logger.info("%d samples were written to '%s', because dump_dataset is set: done", count, target)
+        self.world.barrier()
+        self.control.say(state="finished", phase="")
 
     def _scan(self, folder: Path, dataset: DatasetSettings) -> tuple[list[Sample], Report]:
         s = self.settings
