@@ -319,7 +319,10 @@ class SDXL(Family):
 
     def load_vae(self, device: torch.device) -> nn.Module:
         # In float32 whatever the rest has: SDXL's own VAE overflows in float16
-        return autoencoder.load_autoencoder(self._weights("vae"), torch.float32, device, VAE_SCALING)
+        return self._load_vae(device, torch.float32)
+
+    def _load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        return autoencoder.load_autoencoder(self._weights("vae"), dtype, device, VAE_SCALING)
 
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
@@ -563,7 +566,7 @@ class SDXL(Family):
             schedule |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
             schedule["timestep_spacing"] = "trailing"
         return diffusers.StableDiffusionXLPipeline(
-            vae=self.load_vae(device).to(self.dtype),
+            vae=self._load_vae(device, self.dtype),
             text_encoder=models["text_encoder"],
             text_encoder_2=models["text_encoder_2"],
             tokenizer=tokenizers["text_encoder"],
