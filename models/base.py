@@ -49,6 +49,7 @@ class ModelConfig(Table):
         None,
         "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
         "Left out: the same as dtype.",
+        also=("diffusion_model_dtype",),
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."
@@ -114,6 +115,11 @@ class Batch:
     weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     """Weight of each element of the loss; broadcasts against `target`."""
 
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside its work."""
+        inputs = tuple(tensor.pin_memory() for tensor in self.inputs)
+        return Batch(inputs, self.target.pin_memory(), self.weight.contiguous().pin_memory())
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -161,6 +167,8 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    model_folder: ClassVar[str] = "diffusion_models"
+    """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
     float32: ClassVar[tuple[str, ...]] = ()

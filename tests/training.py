@@ -74,7 +74,7 @@ class Bench:
         }
         for key, value in changes.items():
             base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
-        return base
+        return {key: value for key, value in base.items() if value is not None}
 
     def dataset(self, **changes: Any) -> dict[str, Any]:
         """Tables of the dataset."""

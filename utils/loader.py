@@ -34,8 +34,15 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         uncond_fraction: float = 0.0,
+        pinned: bool = False,
     ) -> None:
-        """``uncond_fraction``: share of the times that a sample is trained without its caption."""
+        """
+        Args:
+            uncond_fraction: Share of the times that a sample is trained without its caption.
+            pinned: Batches lie in pinned memory. From other memory the copy of the next batch to the GPU would wait
+                for the running step, and the GPU then for the host.
+        """
+        self._pinned = pinned
         self._cache, self._family, self._seed, self._uncond = cache, family, seed, uncond_fraction
         self._num_micro_batches, self._rank, self._num_ranks = num_micro_batches, rank, num_ranks
         self._remaking = Lock()
@@ -87,7 +94,7 @@ class Loader:
             stacked = torch.stack([torch.ones(shape) if mask is None else mask / mask.mean() for mask in masks])
             weights = weights * self._family.spread_mask(stacked, batch.target)
         batch.weight = batch.weight * weights
-        return batch
+        return batch.pinned() if self._pinned else batch
 
     def _example(self, epoch: int, draw: Draw) -> tuple[Example, torch.Tensor | None]:
         sample = self._cache.samples[draw.sample]

@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..models.base import Batch, Family
-from .adapters import alpha_of, export_tensors
-from .checkpoint import Trained, export_adapter, save_checkpoint
+from .checkpoint import save_checkpoint
 from .control import STOP, Control
+from .exports import Exporter
 from .loader import Loader
 from .metrics import Curves, Gpu
 from .optimizers import learning_rate_factor
@@ -22,7 +21,8 @@ from .pipeline import Engine, as_micro_batches
 from .randomness import derive_seed
 from .run_folder import RunFolder
 from .sampler import Sampler
-from .settings import Lora, TrainSettings
+from .settings import TrainSettings
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Loop:
     control: Control
     engine: Engine
     trained: Trained
+    exporter: Exporter
     sampler: Sampler
     loader: Loader
     position: Position
@@ -110,9 +111,9 @@ class Loop:
     # -- steps --------------------------------------------------------------------------------------
 
     def _step(self, batches: Sequence[Batch]) -> None:
-        s, position, optimizer = self.settings, self.position, self.trained.optimizer
+        s, position, groups = self.settings, self.position, self.trained.groups
         factor = learning_rate_factor(s, position.step, self.total)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = group["initial_lr"] * factor
         stage, rank = self.engine.grid.get_stage_id(), self.engine.grid.get_data_parallel_rank()
         torch.manual_seed(derive_seed("dropout", s.seed, position.step, stage, rank))
@@ -120,7 +121,7 @@ class Loop:
         loss = self.engine.train_batch(as_micro_batches(batches))
         position.step += 1
         position.step_in_epoch += 1
-        self._running = self._follow(loss, optimizer.param_groups[0]["lr"], batches)
+        self._running = self._follow(loss, groups[0]["lr"] if groups else 0.0, batches)
         if before is None:
             self._finished_at = started
         else:
@@ -203,18 +204,9 @@ class Loop:
 
     def _export(self, name: str) -> None:
         self._settle()
-        parts = self.world.gather(self.trained.weights() if self.engine.grid.get_data_parallel_rank() == 0 else {})
-        if self.world.rank == 0:
-            s, path = self.settings, self.folder.path / name
-            assert isinstance(s.adapter, Lora)
-            weights = {key: value for part in parts for key, value in part.items()}
-            tensors = export_tensors(weights, self.family, s.adapter, getattr(torch, s.adapter.dtype or s.save_dtype))
-            copies = [self.folder.train_toml, self.folder.dataset_toml]
-            export_adapter(path, tensors, self._metadata(s.adapter), _adapter_config(s, s.adapter, weights), copies)
-            status = self.control.status
-            status.exports = [*(export for export in status.exports if export != str(path)), str(path)]
-            logger.info("LoRA written to %s", path)
-        self.world.barrier()
+        path = str(self.exporter.write(name, self.position.step, self.position.epoch))
+        status = self.control.status
+        status.exports = [*(export for export in status.exports if export != path), path]
         self.control.say(now=True)
 
     def _checkpoint(self) -> None:
@@ -224,8 +216,8 @@ class Loop:
         path = save_checkpoint(
             self.folder,
             self.position.step,
-            grid.get_stage_id(),
-            grid.get_data_parallel_rank() == 0,
+            f"{grid.get_stage_id()}-{self.trained.share.rank}",
+            grid.get_data_parallel_rank() == self.trained.share.rank,
             self.world.rank == 0,
             self.trained,
             progress,
@@ -235,28 +227,3 @@ class Loop:
         self.control.status.checkpoint = str(path)
         logger.info("checkpoint written to %s", path)
         self.control.say(now=True)
-
-    def _metadata(self, adapter: Lora) -> dict[str, str]:
-        return {
-            "format": "pt",
-            "base_model": self.settings.model.type,
-            "network_alpha": str(alpha_of(adapter)),
-            "rank": str(adapter.rank),
-            "steps": str(self.position.step),
-            "epoch": str(self.position.epoch),
-            "seed": str(self.settings.seed),
-            "trained_with": "diffusion-trainer",
-        }
-
-
-def _adapter_config(settings: TrainSettings, adapter: Lora, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What peft writes beside an adapter."""
-    return {
-        "peft_type": "LORA",
-        "r": adapter.rank,
-        "lora_alpha": alpha_of(adapter),
-        "lora_dropout": adapter.dropout,
-        "bias": "none",
-        "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
-        "base_model_type": settings.model.type,
-    }

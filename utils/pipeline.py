@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
 from .config import SettingsError
-from .gradients import Gradients
 from .graphs import StepGraphs
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -140,17 +140,16 @@ class Engine(PipelineEngine):
 
     control: Any = None
     max_norm: float = 0.0
-    grads: Gradients
+    trained: Trained
     total_loss: torch.Tensor | None
     grad_layer: list[torch.Tensor] | None
     grad_norm: torch.Tensor
     """Length of the last step's gradient before clipping, on the device."""
     _graphs: StepGraphs | None = None
 
-    def prepare(self, world: World, max_norm: float, use_graphs: bool) -> None:
+    def prepare(self, trained: Trained, world: World, max_norm: float, use_graphs: bool) -> None:
         """What DeepSpeed's constructor has no place for."""
-        self.control, self.max_norm = world.control, max_norm
-        self.grads = Gradients([p for p in self.module.parameters() if p.requires_grad])
+        self.trained, self.control, self.max_norm = trained, world.control, max_norm
         if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
             self._graphs = StepGraphs(self._micro_step)
 
@@ -187,11 +186,11 @@ class Engine(PipelineEngine):
 
     def _exec_reduce_grads(self) -> None:
         if self.is_data_parallel:
-            self.grads.average(self.grid.get_data_parallel_group())
+            self.trained.gradients.average(self.grid.get_data_parallel_group())
 
     def zero_grad(self, *unused: Any) -> None:
         """Empties the gradients in place; they stay where graphs and collectives expect them."""
-        self.grads.zero()
+        self.trained.gradients.zero()
 
     def _broadcast_model(self) -> None:  # quirk broadcast
         """Nothing to send: weights are read from the same files, adapters initialised by name."""
@@ -267,17 +266,23 @@ class Engine(PipelineEngine):
             dist.recv(grad, source)
         self.grad_layer = grads
 
-    def clip_fp32_gradients(self) -> None:  # quirk clipping
+    def _exec_optimizer_step(self, *unused: Any) -> None:
+        self._clip()
+        self.trained.step()
+        self.zero_grad()
+
+    def _clip(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
-        square = self.grads.squared_norm(self.device)
+        square = self.trained.gradients.squared_norm(self.device)
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         self.grad_norm = square.sqrt()
         if self.max_norm > 0:
-            self.grads.scale((self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
+            self.trained.gradients.scale((self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **PipelineEngine._INSTRUCTION_MAP,
+        schedule.OptimizerStep: _exec_optimizer_step,
         schedule.ReduceGrads: _exec_reduce_grads,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
         schedule.ForwardPass: _exec_forward_pass,
@@ -291,7 +296,7 @@ class Engine(PipelineEngine):
 
 def build_engine(
     chain: Chain,
-    optimizer: torch.optim.Optimizer,
+    trained: Trained,
     world: World,
     *,
     micro_batch: int,
@@ -299,11 +304,10 @@ def build_engine(
     max_norm: float,
     use_graphs: bool = False,
 ) -> Engine:
-    """The engine that trains ``chain`` with ``optimizer`` (of this stage's parameters)."""
+    """The engine that trains ``chain``; ``trained`` are this stage's weights."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": 1.0,  # makes DeepSpeed call clip_fp32_gradients, which has the real value
         "steps_per_print": 10**9,
     }
     mpu = chain.mpu()
@@ -311,13 +315,13 @@ def build_engine(
         engine = Engine(
             args=None,
             model=chain,
-            optimizer=optimizer,
+            optimizer=torch.optim.SGD([torch.zeros(())]),  # DeepSpeed wants one; ours step in `Trained`
             mpu=mpu,
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
             dont_change_device=True,
         )
-    engine.prepare(world, max_norm, use_graphs)
+    engine.prepare(trained, world, max_norm, use_graphs)
     return engine
 
 

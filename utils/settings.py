@@ -5,16 +5,18 @@ The order of fields is the order in documentation. Keys are those of the files t
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
-from ..models import families
+from ..models import configs, family_named
 from ..models.base import Family, ModelConfig
 from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
 
@@ -87,18 +89,43 @@ class Monitoring(Table):
     wandb_run_name: str | None = option(None, "Run name there.")
 
 
+class EvalDataset(Table):
+    """One ``[[eval_datasets]]``: pictures whose loss is measured, but which are not trained."""
+
+    name: str = option(..., "What its curves are called.", min_length=1)
+    config: str | dict[str, Any] = option(..., "The dataset's TOML.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_alone(cls, value: Any) -> Any:
+        return {"name": Path(value).stem, "config": value} if isinstance(value, str) else value
+
+    @field_validator("config")
+    @classmethod
+    def _dataset(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict):  # from the canvas; the run folder gets it as a file
+            parse_dataset_settings(value)
+        return value
+
+
 class Sampling(Table):
     """Pictures or clips that are drawn while training, always from the same noise, to see how it goes."""
 
-    prompts: list[str] = option([], "What is drawn, one prompt each. Left out: nothing.", multiline=True)
+    prompts: list[str] = option(
+        [], "What is drawn, one prompt each. Left out: nothing.", lines=True, also=("sample_prompt",)
+    )
     negative_prompt: str = option("", "What is not to be seen, for all prompts.")
     images: list[str] = option(
         [],
         "For edit models and image-to-video models: the picture that each prompt starts from, or one for all.",
-        multiline=True,
+        lines=True,
     )
-    every_n_epochs: int | None = option(None, "Draw after every so many epochs. Left out: not by epochs.", ge=1, step=1)
-    every_n_steps: int | None = option(None, "Draw after every so many steps. Left out: not by steps.", ge=1, step=1)
+    every_n_epochs: int | None = option(
+        None, "Draw after every so many epochs. Left out: not by epochs.", ge=1, step=1, also=("sample_every_n_epochs",)
+    )
+    every_n_steps: int | None = option(
+        None, "Draw after every so many steps. Left out: not by steps.", ge=1, step=1, also=("sample_every_n_steps",)
+    )
     before_first_step: bool = option(True, "Draw also before training begins, to compare with.")
     width: int = option(1024, "Width in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
     height: int = option(1024, "Height in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
@@ -106,13 +133,14 @@ class Sampling(Table):
         1, "Frames of each clip, for video models; rounded to what the model takes. 1 draws a picture.",
         ge=1, step=1, ui_max=1000,
     )  # fmt: skip
-    steps: int = option(20, "Denoising steps.", ge=1, step=1, ui_max=1000)
+    steps: int = option(20, "Denoising steps.", ge=1, step=1, ui_max=1000, also=("num_inference_steps",))
     guidance: float | None = option(
         None,
         "Guidance scale of the model's pipeline. Left out: what is usual for the model.",
         ge=0,
         step=0.1,
         ui_max=100,
+        also=("guidance_scale",),
     )
     true_cfg: float = option(
         1.0,
@@ -124,6 +152,16 @@ class Sampling(Table):
         advanced=True,
     )
     seed: int = option(0, "Fixes the noise that each drawing begins with.", ge=0, le=2**63 - 1, step=1)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("every_n_steps", "every_n_epochs", mode="before")
+    @classmethod
+    def _zero_is_never(cls, value: Any) -> Any:
+        return value or None
 
     @model_validator(mode="after")
     def _images(self) -> Sampling:
@@ -166,6 +204,24 @@ class TrainSettings(Table):
     )
     seed: int = option(
         0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1
+    )
+
+    train_only: list[str] | None = option(
+        None,
+        "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
+        multiline=True,
+        advanced=True,
+    )
+    freeze: list[str] | None = option(
+        None,
+        "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
+        multiline=True,
+        advanced=True,
+    )
+    learning_rates: dict[str, float] = option(
+        {},
+        "Learning rates of weights in whose name a regular expression is found; the first counts, 0 freezes.",
+        advanced=True,
     )
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
@@ -249,6 +305,19 @@ class TrainSettings(Table):
         False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True
     )
 
+    reset_dataloader: bool = option(
+        False, "When resuming, begin the epoch that was stopped with its first picture again.", advanced=True
+    )
+    reset_optimizer: bool = option(
+        False, "When resuming, take the weights alone: running averages of the optimizer begin anew.", advanced=True
+    )
+    reset_optimizer_params: bool = option(
+        False,
+        "When resuming, take the optimizer's numbers (weight_decay, betas ...) from these settings, not from the "
+        "checkpoint. Its learning rate always comes from here.",
+        advanced=True,
+    )
+
     caching_batch_size: int = option(
         1, "Pictures or captions encoded at once while caching.", ge=1, step=1, ui_max=1024
     )
@@ -276,8 +345,19 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    dump_dataset: str | None = option(
+        None,
+        "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
+        "Left out: train.",
+        advanced=True,
+    )
+    i_know_what_i_am_doing: bool = option(
+        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+    )
 
-    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
+    eval_datasets: list[EvalDataset] = option(
+        [], "Datasets whose loss is measured while training: TOML files, or tables with name and config.", lines=True
+    )
     eval_every_n_epochs: int | None = option(
         None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1
     )
@@ -312,7 +392,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
-    sample: Sampling = Sampling()
+    sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
     @classmethod
@@ -333,6 +413,10 @@ class TrainSettings(Table):
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         problems = list(_unavailable(self))
+        names = [dataset.name for dataset in self.eval_datasets]
+        for number, dataset in enumerate(self.eval_datasets, 1):
+            if names.count(dataset.name) > 1:
+                dataset.name = f"{dataset.name}_{number}"
         if self.partition_method == "manual" and len(self.partition_split or []) != self.pipeline_stages - 1:
             problems.append(
                 f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
@@ -341,6 +425,14 @@ class TrainSettings(Table):
         losses = [key for key in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, key)]
         if len(losses) > 1:
             problems.append(f"{losses[1]}: only one loss can be used; leave out this or {losses[0]}")
+        if self.adapter is None:
+            problems += _full_problems(self)
+        elif self.train_only or self.freeze:
+            problems.append(
+                f"{'train_only' if self.train_only else 'freeze'}: chooses among all weights; with an adapter use "
+                "adapter.target_modules and adapter.exclude_modules"
+            )
+        problems += _bad_patterns(self)
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
@@ -348,6 +440,30 @@ class TrainSettings(Table):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _full_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with training all weights."""
+    model, found = settings.model, []
+    if model.dtype == "float16":
+        found.append("model.dtype: float16 cannot hold gradients of all weights; use bfloat16")
+    if model.transformer_dtype not in (None, model.dtype):
+        found.append(
+            f"model.transformer_dtype: all weights are trained, so they cannot be stored as {model.transformer_dtype}; "
+            "leave it out, or add a table [adapter]"
+        )
+    return found
+
+
+def _bad_patterns(settings: TrainSettings) -> list[str]:
+    found = []
+    for key in ("train_only", "freeze", "learning_rates"):
+        for pattern in getattr(settings, key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"{key}: '{pattern}' is not a regular expression ({error})")
+    return found
 
 
 def _unavailable(settings: TrainSettings) -> list[str]:
@@ -366,8 +482,6 @@ def _unavailable(settings: TrainSettings) -> list[str]:
         found.append("sample.prompts: nothing can be drawn yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    if settings.adapter is None:
-        found.append("adapter: training all weights is not available yet; add a table [adapter] with type = 'lora'")
     return found
 
 
@@ -548,11 +662,9 @@ class DatasetSettings(FolderOptions):
 
 
 @cache
-def train_settings() -> type[TrainSettings]:
-    """`TrainSettings` whose ``model`` is the union of all families' ``[model]`` tables, told apart by ``type``."""
-    configs = tuple(family.Config for family in families().values())
-    union: Any = Annotated[Union[configs], Field(discriminator="type")] if len(configs) > 1 else configs[0]  # noqa: UP007
-    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(union, ...))
+def train_settings(config: type[ModelConfig]) -> type[TrainSettings]:
+    """`TrainSettings` whose ``model`` is this family's table."""
+    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(config, ...))
 
 
 def load_train_settings(path: Path) -> TrainSettings:
@@ -564,9 +676,11 @@ def parse_train_settings(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from the tables of a ``train.toml``; the graph and the file come through here."""
     model = values.get("model")
     kind = model.get("type") if isinstance(model, Mapping) else None
-    if kind is not None and kind not in families():
-        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
-    return validate(train_settings(), values)
+    if kind is not None and kind not in configs():
+        near = difflib.get_close_matches(str(kind), configs(), 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(configs())}{hint}")
+    return validate(train_settings(configs()[kind] if kind else ModelConfig), values)
 
 
 def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
@@ -575,9 +689,13 @@ def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
 
 
 def family_of(settings: TrainSettings) -> Family:
-    """The family that ``[model]`` names, ready to load its parts."""
+    """The family that ``[model]`` names, ready to load its parts.
+
+    Raises:
+        SettingsError: This version cannot train it.
+    """
     config: ModelConfig = settings.model
-    return families()[config.type](config)
+    return family_named(config.type)(config)
 
 
 def as_toml(settings: Table) -> dict[str, Any]:

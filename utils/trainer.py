@@ -1,4 +1,4 @@
-"""The run from settings to LoRA: dataset, cache, denoiser, engine, loop, export."""
+"""The run from settings to LoRA or model: dataset, cache, denoiser, engine, loop, export."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import attention
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
-from .checkpoint import Trained, load_checkpoint, newest_checkpoint
+from .checkpoint import load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
 from .dataset_report import Report
+from .exports import Exporter
+from .finetune import choose_weights
 from .index import Index
 from .loader import Loader
 from .loop import Loop, Position
 from .losses import loss_for
 from .metrics import Curves
-from .optimizers import build_optimizer
+from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
-from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
+from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sources import printable
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class Trainer:
             engine.grid.get_data_parallel_rank(),
             self.world.size // s.pipeline_stages,
             s.uncond_fraction,
+            self.world.device.type == "cuda",
         )
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self.control.say(
@@ -112,6 +115,15 @@ class Trainer:
             self.control,
             engine,
             trained,
+            Exporter(
+                s,
+                self.family,
+                self.world,
+                self.folder,
+                trained,
+                engine.grid.get_stage_id(),
+                engine.grid.get_data_parallel_rank() == 0,
+            ),
             sampler,
             loader,
             position,
@@ -203,12 +215,16 @@ class Trainer:
         stage = self.world.stage(s.pipeline_stages)
         mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
         self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
-        assert isinstance(s.adapter, Lora)  # settings refuse anything else
-        inject(denoiser, self.family, s.adapter, s.seed)
-        if s.adapter.init_from_existing:
-            load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        rates = {**s.learning_rates, **self.family.learning_rates()}
+        if s.adapter:
+            inject(denoiser, self.family, s.adapter, s.seed)
+            if s.adapter.init_from_existing:
+                load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        else:
+            choose_weights(denoiser, s.train_only, s.freeze, rates)
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        dropout = bool(s.adapter and s.adapter.dropout)
         chain = Chain(
             layers,
             s.pipeline_stages,
@@ -217,25 +233,27 @@ class Trainer:
             checkpointing=bool(s.activation_checkpointing),
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=s.adapter.dropout > 0,
+            random=dropout,
         )
         del denoiser, layers
-        parameters = {names[p]: p for p in chain.parameters() if p.requires_grad}
-        if not parameters:  # DeepSpeed wants an optimizer on every stage
-            parameters = {"": nn.Parameter(torch.zeros((), device=self.world.device), requires_grad=False)}
-        optimizer = build_optimizer(s.optimizer, parameters, self.world.device, self.family.learning_rates())
-        for group in optimizer.param_groups:
+        trained = Trained(
+            names,
+            chain,
+            lambda parameters: build_optimizers(s.optimizer, parameters, rates),
+            kahan=keeps_kahan_sums(s.optimizer),
+        )
+        for group in trained.groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(
             chain,
-            optimizer,
+            trained,
             self.world,
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not s.adapter.dropout,
+            use_graphs=s.cuda_graphs and not dropout,
         )
-        return engine, Trained(names, chain, optimizer)
+        return engine, trained
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
