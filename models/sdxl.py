@@ -186,6 +186,7 @@ class SDXL(Family):
     Config = SDXLConfig
     config: SDXLConfig
     size_multiple = 16
+    model_folder = "checkpoints"
     text_encoders = ("clip_l", "clip_g")
     adapter_blocks = (
         "DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
@@ -521,15 +522,13 @@ class SDXL(Family):
 
     def other_tensors(self, names: Container[str]) -> dict[str, torch.Tensor]:
         """The VAE, what is not trained of the text encoders, and the marks of v-prediction."""
-        parts = {}
-        vae = self.load_vae(torch.device("cpu"))
-        parts["vae"] = dict(vae.state_dict())
+        vae, parts = autoencoder.read_original(self._weights("vae")), {}
         for part in self.text_encoders:
             folder, read = COMPONENTS[part].folder, self._reader(part)
             model = self._build_text_model(part)
             parts[part] = {name: read(name) for name, _ in model.named_parameters() if f"{folder}.{name}" not in names}
-        marks = {name: torch.zeros(0) for name in V_MARKERS} if self.predicts_v else {}
-        return {**self._original(parts), **marks}
+        found = {COMPONENTS["vae"].prefixes[0] + name: tensor for name, tensor in vae.items()} | self._original(parts)
+        return found | ({name: torch.zeros(0) for name in V_MARKERS} if self.predicts_v else {})
 
     def _original(self, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Parameters of components, by name there, under the names of a checkpoint file."""
@@ -539,8 +538,6 @@ class SDXL(Family):
                 continue
             if part == "unet":
                 named = {unet.original_name(name, self._unet_config): tensor for name, tensor in tensors.items()}
-            elif part == "vae":
-                named = autoencoder.to_original(tensors)
             elif part == "clip_g":
                 named = to_open_clip(tensors)
             else:
