@@ -155,6 +155,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
     except Exception:
         logger.exception("training failed")
         return 1
+    world.leave()
     return 0
 
 

@@ -24,9 +24,6 @@ logger = logging.getLogger(__name__)
 
 CATEGORY = "Diffusion-Pipe/Config"
 
-EARLIER_BLOCKS_TO_SWAP = 20
-"""The earlier package's default: in nearly every saved workflow, asked for by hardly anyone."""
-
 OPTIMIZER_TAKES = {
     "adamw": ("lr", "betas", "weight_decay", "eps"),
     "adamw8bit": ("lr", "betas", "weight_decay", "eps"),
@@ -292,11 +289,6 @@ class GeneralConfig(SettingsNode):
     ) -> tuple[dict[str, Any], str, str]:  # fmt: skip
         """The tables of a train.toml without its ``dataset``, the folder of runs and the copy's path."""
         settings = self.read(values)
-        if settings.get("blocks_to_swap") == EARLIER_BLOCKS_TO_SWAP:
-            logger.warning(
-                "blocks_to_swap: blocks cannot be swapped yet; training goes on without, and needs more memory"
-            )
-            settings["blocks_to_swap"] = 0
         copy = settings.pop("config_save_path", "")
         settings["output_dir"] = output_folder(settings["output_dir"])
         settings |= _table("advanced_config", advanced_config or {})

@@ -299,17 +299,6 @@ class MiniMaxH3Config(_FromComfyUI):
     cfg: float = option(1.0, "Guidance that the prediction is blended with while training.", ge=1, step=0.1)
 
 
-class WanConfig(_Shifted):
-    """Wan 2.1 and 2.2, video models."""
-
-    type: Literal["wan"] = "wan"
-    ckpt_path: str = _file("Folder of the original release.", "diffusion_models", required=True)
-    transformer_path: str | None = _transformer()
-    llm_path: str | None = _text_encoder()
-    text_encoder_fp8: bool = option(False, "Hold the text encoder in float8.", advanced=True)
-    cache_text_embeddings: bool = option(True, "Encode captions once and keep that.", advanced=True)
-
-
 CONFIGS: dict[str, type[ModelConfig]] = {
     get_args(config.model_fields["type"].annotation)[0]: config
     for config in list(globals().values())

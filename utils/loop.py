@@ -204,7 +204,8 @@ class Loop:
 
     def _export(self, name: str) -> None:
         self._settle()
-        path = str(self.exporter.write(name, self.position.step, self.position.epoch))
+        with self.engine.module.at_rest():
+            path = str(self.exporter.write(name, self.position.step, self.position.epoch))
         status = self.control.status
         status.exports = [*(export for export in status.exports if export != path), path]
         self.control.say(now=True)

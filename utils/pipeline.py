@@ -18,6 +18,8 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +30,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
+from .checkpointing import Checkpointing
 from .config import SettingsError
 from .graphs import StepGraphs
+from .offload import BlockSwap
 from .trained import Trained
 from .world import World
 
@@ -75,14 +78,13 @@ class Chain(PipelineModule):
         num_stages: int,
         bounds: Sequence[int],
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
-        checkpointing: bool,
+        checkpointing: Checkpointing,
+        swap: BlockSwap | None = None,
         compiled: bool = False,
         memory_budget: float | None = None,
-        random: bool = True,
     ) -> None:
         self._bounds = list(bounds)
-        self._random = random
-        self._checkpointing = checkpointing and memory_budget is None
+        self._checkpointing, self.swap = checkpointing, swap
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
@@ -100,12 +102,34 @@ class Chain(PipelineModule):
 
     def forward(self, inputs: Any) -> Any:
         """Runs this stage on a tuple of tensors."""
+        self._checkpointing.start()
+        if self.swap:
+            self.swap.start()
+        number = 0
         for link in self.forward_funcs:
-            if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
-                inputs = checkpoint(link, *inputs, use_reentrant=False, preserve_rng_state=self._random)
-            else:
-                inputs = link(*inputs)
+            run: Callable[..., Any] = link
+            if link.layer.is_block:
+                run, number = partial(self._block, number, link), number + 1
+            inputs = self.swap.run(link.layer.name, run, inputs) if self.swap else run(*inputs)
         return inputs
+
+    def _block(self, number: int, link: Link, *inputs: torch.Tensor) -> Any:
+        return self._checkpointing.run(number, link, inputs)
+
+    def settle(self) -> None:
+        """What swapping and checkpointing copy meanwhile is done before work that is issued from now on."""
+        self._checkpointing.finish()
+        if self.swap:
+            self.swap.settle()
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """All weights can be read."""
+        return self.swap.at_rest() if self.swap else contextlib.nullcontext()
+
+    def forget(self) -> None:
+        """What was issued last may never have run."""
+        if self.swap:
+            self.swap.forget()
 
 
 def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequence[int] | None) -> list[int]:
@@ -151,7 +175,7 @@ class Engine(PipelineEngine):
         """What DeepSpeed's constructor has no place for."""
         self.trained, self.control, self.max_norm = trained, world.control, max_norm
         if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
-            self._graphs = StepGraphs(self._micro_step)
+            self._graphs = StepGraphs(self._micro_step, self.module.forget)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
@@ -171,6 +195,7 @@ class Engine(PipelineEngine):
         run = self._graphs or self._micro_step
         for _ in range(self.micro_batches):
             inputs, labels = (self._to_device(part) for part in next(data_iter))
+            self.module.settle()  # evaluation may have left it otherwise; a graph begins as it was recorded
             loss = run(inputs, labels)
             self.total_loss = loss if self.total_loss is None else self.total_loss + loss
         self._exec_reduce_grads()
@@ -179,6 +204,7 @@ class Engine(PipelineEngine):
     def _micro_step(self, inputs: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         loss = self.module.loss_fn(self.module(inputs), labels)
         (loss / self.micro_batches).backward()
+        self.module.settle()
         return loss.detach()
 
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -23,6 +23,9 @@ from .config import Dtype, SettingsError, Table, option, read_toml, validate, wi
 logger = logging.getLogger(__name__)
 
 
+ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
+
+
 class Lora(Table):
     """Low-rank adapter. Leave the table out to train all weights."""
 
@@ -253,17 +256,24 @@ class TrainSettings(Table):
     partition_split: list[int] | None = option(
         None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True
     )
-    activation_checkpointing: bool | Literal["unsloth"] = option(
+    activation_checkpointing: ActivationCheckpointing = option(
         True,
         "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more "
-        "time.",
+        "time. In a file also a number (2: every second block), 'selective' (keep results of matrix products and "
+        "attention, recompute the rest) or 'unsloth' (recompute, and keep the blocks' inputs in main memory).",
     )
     reentrant_activation_checkpointing: bool = option(
         False,
         "Accepted from older files; checkpointing always takes the newer form, whose results are the same.",
         advanced=True,
     )
-    blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
+    blocks_to_swap: int = option(
+        0,
+        "Blocks whose frozen weights wait in main memory until they are needed. Two at a time are on the GPU.",
+        ge=0,
+        step=1,
+        ui_max=200,
+    )
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
     compile: bool = option(
         False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True
@@ -402,6 +412,13 @@ class TrainSettings(Table):
             raise ValueError(f"must be at least 1, or pairs such as [[512, 4], [1024, 1]], got {value}")
         return value
 
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _checkpointing(cls, value: Any) -> Any:
+        if not (isinstance(value, int) and value >= 0) and value not in ("selective", "unsloth"):
+            raise ValueError(f"must be true, false, a number of blocks, 'selective' or 'unsloth', got {value!r}")
+        return value
+
     def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
         """Samples of this size that one GPU works on at once."""
         value = self.image_micro_batch_size_per_gpu if frames == 1 else None
@@ -469,13 +486,6 @@ def _bad_patterns(settings: TrainSettings) -> list[str]:
 def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
-    if settings.blocks_to_swap:
-        found.append(
-            "blocks_to_swap: blocks cannot be swapped yet; set 0 and use activation_checkpointing, a smaller "
-            "picture size or transformer_dtype = 'float8' to save memory"
-        )
-    if settings.activation_checkpointing == "unsloth":
-        found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
     if settings.eval_datasets:
         found.append("eval_datasets: evaluation is not available yet; leave it out")
     if settings.sample.prompts:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..models.base import Layer
 from . import attention
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import load_checkpoint, newest_checkpoint
+from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
@@ -26,6 +30,7 @@ from .loader import Loader
 from .loop import Loop, Position
 from .losses import loss_for
 from .metrics import Curves
+from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
 from .run_folder import RunFolder, Status
@@ -213,8 +218,7 @@ class Trainer:
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
-        mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
-        self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
+        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         rates = {**s.learning_rates, **self.family.learning_rates()}
         if s.adapter:
             inject(denoiser, self.family, s.adapter, s.seed)
@@ -225,15 +229,22 @@ class Trainer:
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         dropout = bool(s.adapter and s.adapter.dropout)
+        if swap:
+            swap.bind()
         chain = Chain(
             layers,
             s.pipeline_stages,
             bounds,
             loss_for(s),
-            checkpointing=bool(s.activation_checkpointing),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=dropout,
+                compiled=s.compile,
+            ),
+            swap,
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=dropout,
         )
         del denoiser, layers
         trained = Trained(
@@ -254,6 +265,24 @@ class Trainer:
             use_graphs=s.cuda_graphs and not dropout,
         )
         return engine, trained
+
+    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+        """Reads the weights of this stage, those of swapped blocks into main memory."""
+        device = self.world.device
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        apart = {layer.name for layer in waiting}
+        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        if not waiting:
+            return None
+        swap = BlockSwap(device)
+        for layer in waiting:
+            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            swap.take(layer)
+        return swap
+
+
+def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
+    return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
