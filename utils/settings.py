@@ -91,6 +91,15 @@ class Monitoring(Table):
     wandb_tracker_name: str | None = option(None, "Project name there.")
     wandb_run_name: str | None = option(None, "Run name there.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key(cls, values: Any) -> Any:
+        """A key in a file would be copied into every run folder."""
+        if not isinstance(values, Mapping) or "wandb_api_key" not in values:
+            return values
+        logger.warning("monitoring.wandb_api_key: not used; put the key into the variable WANDB_API_KEY")
+        return {key: value for key, value in values.items() if key != "wandb_api_key"}
+
 
 class EvalDataset(Table):
     """One ``[[eval_datasets]]``: pictures whose loss is measured, but which are not trained."""
@@ -179,7 +188,9 @@ class Sampling(Table):
 class TrainSettings(Table):
     """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
-    output_dir: str = option(..., "Folder that receives one run folder for each training.")
+    output_dir: str = option(
+        "output", "Folder that receives one run folder for each training, relative to where training is started."
+    )
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.base import Layer
-from . import attention
+from . import attention, preview
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
@@ -82,6 +82,9 @@ class Trainer:
     def _train(self) -> None:
         s = self.settings
         self.family.check_files()
+        if s.dump_dataset:
+            self._dump_dataset(Path(s.dump_dataset).expanduser())
+            return
         cache = self._prepare_data()
         if s.cache_only:
             logger.info("the cache is complete, and cache_only is on: done")
@@ -94,9 +97,17 @@ class Trainer:
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
-            progress = load_checkpoint(newest_checkpoint(self.folder), trained)
+            progress = load_checkpoint(
+                newest_checkpoint(self.folder),
+                trained,
+                optimizer_state=not s.reset_optimizer,
+                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+            )
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
+            if s.reset_dataloader:
+                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
+                position.step_in_epoch, position.epoch_loss = 0, 0.0
             logger.info("resumed after step %d", position.step)
         loader = Loader(
             cache,
@@ -175,6 +186,17 @@ class Trainer:
             reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
             raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
         return cache
+
+    def _dump_dataset(self, target: Path) -> None:
+        """Writes up to 100 samples, of all buckets alike, as the model will see them."""
+        if self.world.rank == 0:
+            samples, report = self._scan(Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache"))
+            report.count(samples)
+            report.log()
+            count = preview.dump(preview.choose(samples, 100, self.settings.seed), target, self.family.fps)
+            logger.info("%d samples were written to '%s', because dump_dataset is set: done", count, target)
+        self.world.barrier()
+        self.control.say(state="finished", phase="")
 
     def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
         s = self.settings
