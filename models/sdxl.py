@@ -548,7 +548,8 @@ class SDXL(Family):
     def pipeline(
         self, denoiser: Any, device: torch.device, text_encoders: bool = True
     ) -> diffusers.StableDiffusionXLPipeline:
-        models, tokenizers = {}, {}
+        models: dict[str, Any] = {}
+        tokenizers: dict[str, Any] = {}
         for name in self.text_encoders:
             folder = COMPONENTS[name].folder
             models[folder] = tokenizers[folder] = None
@@ -606,8 +607,8 @@ class SDXL(Family):
                 found |= {key: value[0] for key, value in values.items()}
             return found
 
-        texts = {"text": embedded(request.text), "negative_text": embedded(request.negative_text)}
-        return super().sample(pipeline, dataclasses.replace(request, **texts))
+        text, negative = embedded(request.text), embedded(request.negative_text)
+        return super().sample(pipeline, dataclasses.replace(request, text=text, negative_text=negative))
 
     @classmethod
     def write_miniature(cls, folder: Path, checkpoint: bool = False) -> dict[str, Any]:
