@@ -131,7 +131,7 @@ class Loop:
         self._settle()
         logger.info("paused after step %d; remove the file 'pause' or leave one called 'resume'", self.position.step)
         self.control.say(state="paused", phase="", eta=None)
-        while (asked := self.control.agree(self._minutes_are_over())) == PAUSE:
+        while (asked := self.control.agree()) == PAUSE:
             time.sleep(0.25)
         self.control.say(state="training")
         self._finished_at = time.monotonic()
