@@ -238,8 +238,29 @@ class TrainSettings(Table):
         advanced=True,
     )
 
-    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0."
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial", "one_cycle"] = option(
+        "constant",
+        "How the learning rate goes on after warm-up, up to the last step: stays, falls straight, along a cosine or a "
+        "power, or rises and falls once (one_cycle).",
+    )
+    lr_min_ratio: float = option(
+        0.0, "Share of the learning rate that falling schedules end with.", ge=0, le=1, step=0.01, advanced=True
+    )
+    lr_power: float = option(
+        2.0,
+        "For lr_scheduler polynomial: 1 falls straight, more falls sooner.",
+        gt=0,
+        step=0.1,
+        ui_max=100,
+        advanced=True,
+    )
+    lr_cycles: int = option(
+        1,
+        "For lr_scheduler cosine: how often it falls, beginning anew each time.",
+        ge=1,
+        step=1,
+        ui_max=1000,
+        advanced=True,
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
     force_constant_lr: float | None = option(
@@ -248,6 +269,26 @@ class TrainSettings(Table):
         gt=0,
         step=1e-8,
         advanced=True,
+    )
+
+    ema_decay: float | None = option(
+        None,
+        "Keep a moving average of the trained weights that keeps this share of itself at each step, such as 0.999. "
+        "Left out: none.",
+        gt=0,
+        lt=1,
+        step=0.0001,
+    )
+    ema_start_step: int = option(0, "Steps before the average begins.", ge=0, step=1, ui_max=1000000, advanced=True)
+    ema_on_cpu: bool = option(False, "Keep the average in main memory: less on the GPU, slower steps.", advanced=True)
+    ema_export: Literal["both", "ema", "trained"] = option(
+        "both",
+        "Which weights are exported: the average (in a folder whose name ends in _ema if both are), those of the last "
+        "step, or both.",
+        advanced=True,
+    )
+    ema_for_samples: bool = option(
+        True, "Draw samples and measure eval sets with the average, not with the last step's weights.", advanced=True
     )
 
     number_of_gpus: int = option(

@@ -24,6 +24,7 @@ from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
 from .dataset_report import Report
+from .ema import Ema
 from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
@@ -326,6 +327,8 @@ class Trainer:
             lambda parameters: build_optimizers(s.optimizer, parameters, rates),
             kahan=keeps_kahan_sums(s.optimizer),
         )
+        if s.ema_decay:
+            trained.ema = Ema(trained.stepped, s.ema_decay, s.ema_start_step, s.ema_on_cpu)
         for group in trained.groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(
