@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.adapter_layers import Adapter, new_adapter
 from ..utils.config import SettingsError
 from . import comfy
-from .lora_adapters import Adapter, new_adapter
 from .lora_files import STEPS_KEY, Existing, TrainedLora, optimizer_state, restore_optimizer, state_of
 from .lora_layers import attached, shape_of, targets
 from .lora_objective import draw_sigmas, loss, noisy

@@ -135,8 +135,8 @@ def check_the_loss_is_the_models_own() -> None:
 def check_adapters_at_run_time_are_the_patched_weights() -> None:
     import torch
     from diffusion_trainer.diffusion_nodes import lora_files, lora_nodes
-    from diffusion_trainer.diffusion_nodes.lora_adapters import ALGORITHMS, new_adapter
     from diffusion_trainer.diffusion_nodes.lora_layers import shape_of, targets
+    from diffusion_trainer.utils.adapter_layers import ALGORITHMS, new_adapter
 
     generator = torch.Generator().manual_seed(0)
     for family, model in models():
@@ -181,9 +181,9 @@ def apply(model: Any, family: str) -> Any:
 def check_gradients_are_right() -> None:
     import comfy.model_management as management
     import torch
-    from diffusion_trainer.diffusion_nodes.lora_adapters import new_adapter
     from diffusion_trainer.diffusion_nodes.lora_layers import attached, shape_of, targets
     from diffusion_trainer.diffusion_nodes.lora_training import untouched
+    from diffusion_trainer.utils.adapter_layers import new_adapter
 
     for family, model in models():
         management.load_models_gpu([model])

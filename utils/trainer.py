@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import attention
-from .adapters import inject, load_existing
+from .adapted import adapted_layers
+from .adapter_files import fuse
+from .adapters import inject
 from .buckets import Bucket
 from .cache import Cache
 from .checkpoint import load_checkpoint, newest_checkpoint
@@ -82,7 +85,7 @@ class Trainer:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
-        engine, trained = self._build()
+        engine, trained, exporter = self._build()
         global_batch = self._global_batch(cache.samples[0].bucket)
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         total = sampler.total_steps(s.epochs)
@@ -115,15 +118,7 @@ class Trainer:
             self.control,
             engine,
             trained,
-            Exporter(
-                s,
-                self.family,
-                self.world,
-                self.folder,
-                trained,
-                engine.grid.get_stage_id(),
-                engine.grid.get_data_parallel_rank() == 0,
-            ),
+            exporter,
             sampler,
             loader,
             position,
@@ -205,7 +200,7 @@ class Trainer:
         text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
         write_whole(self.folder.path / "dataset_report.json", text)
 
-    def _build(self) -> tuple[Engine, Trained]:
+    def _build(self) -> tuple[Engine, Trained, Exporter]:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
@@ -216,15 +211,10 @@ class Trainer:
         mine = [module for layer in layers[bounds[stage] : bounds[stage + 1]] for module in layer.submodules.values()]
         self.family.load_denoiser(self.world.device, denoiser, {p for module in mine for p in module.parameters()})
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        if s.adapter:
-            inject(denoiser, self.family, s.adapter, s.seed)
-            if s.adapter.init_from_existing:
-                load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
-        else:
-            choose_weights(denoiser, s.train_only, s.freeze, rates)
+        self._adapt(denoiser, rates)
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
-        dropout = bool(s.adapter and s.adapter.dropout)
+        dropout = bool(s.adapter and s.adapter.drops)
         chain = Chain(
             layers,
             s.pipeline_stages,
@@ -235,6 +225,7 @@ class Trainer:
             memory_budget=s.activation_memory_budget,
             random=dropout,
         )
+        adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
         del denoiser, layers
         trained = Trained(
             names,
@@ -253,7 +244,29 @@ class Trainer:
             max_norm=s.gradient_clipping,
             use_graphs=s.cuda_graphs and not dropout,
         )
-        return engine, trained
+        exporter = Exporter(
+            s,
+            self.family,
+            self.world,
+            self.folder,
+            trained,
+            adapted,
+            engine.grid.get_stage_id(),
+            engine.grid.get_data_parallel_rank() == 0,
+        )
+        return engine, trained, exporter
+
+    def _adapt(self, denoiser: nn.Module, rates: dict[str, float]) -> None:
+        """Adds adapters to the base, then chooses what is trained."""
+        s = self.settings
+        merged = [(Path(path).expanduser(), 1.0) for path in s.model.merge_adapters or ()]
+        fuse(denoiser, self.family, merged, "model.merge_adapters")
+        if s.adapter is None:
+            choose_weights(denoiser, s.train_only, s.freeze, rates)
+            return
+        fused = [(Path(entry.path).expanduser(), entry.weight) for entry in s.adapter.fuse_adapters]
+        fuse(denoiser, self.family, fused, "adapter.fuse_adapters")
+        inject(denoiser, self.family, s.adapter, s.seed)
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
