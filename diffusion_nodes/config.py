@@ -307,9 +307,10 @@ class GeneralConfig(SettingsNode):
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, config_save_path: str | None = None) -> bool | str:
-        """Refuses a place where no file may be written."""
+    def VALIDATE_INPUTS(cls, config_save_path: str | None = None, output_dir: str | None = None) -> bool | str:
+        """Refuses places where nothing may be written."""
         try:
+            output_folder(output_dir or "")
             if (config_save_path or "").strip():
                 copy_path("config_save_path", str(config_save_path))
         except SettingsError as error:

@@ -23,7 +23,7 @@ from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
-from . import comfy
+from . import comfy, files
 from .schema import widget
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,10 @@ def _tables(
     """The checked tables, with absolute paths: the trainer works in another folder than ComfyUI."""
     train = as_toml(parse_train_settings(train_config))
     dataset = as_toml(parse_dataset_settings(dataset_config))
-    train["output_dir"] = comfy.resolve(train["output_dir"])
+    train["output_dir"] = files.output_folder(train["output_dir"])
+    for key in ("cache_dir", "dump_dataset"):
+        if train.get(key):
+            train[key] = str(files.folder(key, train[key]))
     train.pop("dataset", None)
     for directory in dataset["directory"]:
         for key in ("path", "control_path", "mask_path", "default_mask_file"):

@@ -255,6 +255,34 @@ def test_elsewhere_only_when_nobody_else_can_send_prompts(base, tmp_path_factory
     assert files.copy_path("output_path", "in.toml") == base / "output/in.toml"
 
 
+def test_run_folders_follow_the_same_rule(base, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(files, "_only_this_machine", lambda: False)
+    answer = NODES["GeneralConfig"].VALIDATE_INPUTS(output_dir=str(elsewhere / "runs"))
+    assert answer.startswith(f"output_dir: '{elsewhere}/runs' is outside ComfyUI's output")
+    with pytest.raises(SettingsError, match="output_dir: .* is outside"):
+        general(output_dir=str(elsewhere / "runs"))
+    (base / "output/big").symlink_to(elsewhere)
+    with pytest.raises(SettingsError, match="output_dir: .* leads out of ComfyUI's folders by a symbolic link"):
+        files.output_folder("big")
+    settings = base / "config/diffusion-trainer/settings.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"writable_folders = ['{elsewhere}']")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(base / "config"))
+    assert files.output_folder(str(elsewhere / "runs")) == str(elsewhere / "runs")
+    assert files.output_folder("big") == str(base / "output/big")
+    settings.write_text("writeable_folders = []")
+    with pytest.raises(SettingsError, match="writeable_folders: unknown option; did you mean 'writable_folders'"):
+        files.output_folder("big")
+
+
+@pytest.mark.parametrize("text", ["a/../b", "x" * 300, "a/" * 2100, "bell\a", "/dev/null", "taken"])
+def test_names_that_are_no_folders_are_refused(base, text):
+    (base / "output/taken").write_text("")
+    with pytest.raises(SettingsError, match="output_dir: "):
+        files.output_folder(text)
+
+
 def test_a_copy_that_cannot_be_written_is_an_error(base):
     (base / "output/blocked").write_text("")
     with pytest.raises(SettingsError, match=r"output_path: .* cannot be written"):
@@ -300,6 +328,11 @@ module = importlib.util.module_from_spec(spec)
 sys.modules[root] = module
 spec.loader.exec_module(module)
 print(round(1000 * (time.process_time() - begin)), "ms")
+took = time.process_time() - begin
+assert took < 0.1, f"{took:.3f} s"
+for node in module.NODE_CLASS_MAPPINGS.values():
+    node.INPUT_TYPES()
+print(round(1000 * (time.process_time() - begin)), "ms with all inputs")
 heavy = {"torch", "diffusers", "transformers", "deepspeed", "peft", "numpy", "PIL", "tensorboard"} & set(sys.modules)
 assert not heavy, heavy
 assert module.WEB_DIRECTORY == "./web" and len(module.NODE_CLASS_MAPPINGS) >= 13
