@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
+from ..utils.environment import Environment
 from ..utils.settings import Lora, Optimizer, Sampling, TrainSettings, parse_dataset_settings, parse_train_settings
 from . import comfy
 from .files import copy_path, output_folder, write_copy
@@ -221,6 +222,27 @@ class TrainingSamplerConfig(SettingsNode):
         settings["images"] = [comfy.resolve(path) for path in settings.get("images", [])]
         validate(Sampling, {key: value for key, value in settings.items() if key != "guidance_value"}, "sample")
         return (settings,)
+
+
+class RunEnvironmentNode(SettingsNode):
+    """Where and how the processes of a training run: GPUs, machines, and what CUDA and NCCL are told."""
+
+    CATEGORY = "Diffusion-Pipe/Train"
+    FUNCTION = "environment"
+    RETURN_TYPES = ("RUN_ENVIRONMENT",)
+    RETURN_NAMES = ("environment",)
+    OUTPUT_TOOLTIPS = ("For Start Training; the run folder's train.toml records it.",)
+    OPTIONAL: ClassVar = widgets(Environment, *Environment.model_fields, prefix="environment")
+
+    def environment(self, **values: Any) -> tuple[dict[str, Any]]:
+        """The [environment] table: what differs from the defaults."""
+        checked = validate(Environment, self.read(values), "environment")
+        return (checked.model_dump(exclude_defaults=True),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, visible_gpus: str | None = None, variables: str | None = None) -> bool | str:
+        """Refuses what cannot be read or may not be set."""
+        return cls.check(visible_gpus=visible_gpus, variables=variables)
 
 
 class GeneralConfig(SettingsNode):

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, create_model, field_validator, model_val
 from ..models import configs, family_named
 from ..models.base import Family, ModelConfig
 from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
+from .environment import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -413,6 +414,7 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+    environment: Environment = Environment()
     sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
     @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
