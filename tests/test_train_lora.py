@@ -21,7 +21,8 @@ import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKS = re.findall(r"^def check_(\w+)", (ROOT / "tests/comfy_checks.py").read_text("utf-8"), re.M)
+CHECKS = [name for file in sorted((ROOT / "tests/comfy_checks").glob("*.py"))
+          for name in re.findall(r"^def check_(\w+)", file.read_text("utf-8"), re.M)]  # fmt: skip
 FAMILIES = ("sdxl", "flux", "wan", "qwen")
 pytestmark = [
     pytest.mark.comfyui,
@@ -39,7 +40,7 @@ def environment() -> dict[str, str]:
 def results(tmp_path_factory):
     """What went wrong by check; all run in one process, because ComfyUI takes long to import."""
     file = tmp_path_factory.mktemp("checks") / "results.json"
-    command = [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests/comfy_checks.py"), str(file)]
+    command = [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests/comfy_checks"), str(file)]
     done = subprocess.run(command, cwd=os.environ["COMFYUI_DIR"], env=environment(), capture_output=True, text=True,
                           timeout=900)  # fmt: skip
     assert file.exists(), done.stderr[-3000:]
