@@ -53,7 +53,7 @@ def diffusion_model(name: str) -> dict[str, Any]:
     return {key: value.to(torch.bfloat16).contiguous() for key, value in state.items()}
 
 
-def mosaic_vae(scale: float) -> dict[str, Any]:
+def mosaic_vae(scale: float, channels: int = 4) -> dict[str, Any]:
     """A tiny autoencoder (TAESD) that keeps the mean colour of each 8x8 square and nothing else.
 
     Convolutions that average and pass on make one that shows pictures without having been trained.
@@ -61,7 +61,7 @@ def mosaic_vae(scale: float) -> dict[str, Any]:
     import comfy.taesd.taesd
     import torch
 
-    vae = comfy.taesd.taesd.TAESD(latent_channels=4)
+    vae = comfy.taesd.taesd.TAESD(latent_channels=channels)
     with torch.no_grad():
         for part in (vae.taesd_encoder, vae.taesd_decoder):
             for parameter in part.parameters():
