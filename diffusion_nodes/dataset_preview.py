@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ..models import families
-from ..utils.config import SettingsError
+from ..models import family_named
 from ..utils.settings import parse_dataset_settings
 from . import comfy
 
@@ -71,9 +70,7 @@ class DatasetPreview:
 
         train = train_config or {}
         kind = (train.get("model") or {}).get("type", self.DEFAULT_FAMILY)
-        if kind not in families():
-            raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
-        family = families()[kind]
+        family = family_named(kind)
         index = Index(comfy.temp_directory() / "dataset_preview.sqlite")
         try:
             clip_mode = train.get("video_clip_mode", "none")
