@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
+from ..utils.environment import Environment
 from ..utils.settings import (
     Loha,
     Lokr,
@@ -32,9 +33,6 @@ from .schema import SettingsNode, Socket, Widget, widget, widgets
 logger = logging.getLogger(__name__)
 
 CATEGORY = "Diffusion-Pipe/Config"
-
-EARLIER_BLOCKS_TO_SWAP = 20
-"""The earlier package's default: in nearly every saved workflow, asked for by hardly anyone."""
 
 OPTIMIZER_TAKES = {
     "adamw": ("lr", "betas", "weight_decay", "eps"),
@@ -243,6 +241,27 @@ class TrainingSamplerConfig(SettingsNode):
         return (settings,)
 
 
+class RunEnvironmentNode(SettingsNode):
+    """Where and how the processes of a training run: GPUs, machines, and what CUDA and NCCL are told."""
+
+    CATEGORY = "Diffusion-Pipe/Train"
+    FUNCTION = "environment"
+    RETURN_TYPES = ("RUN_ENVIRONMENT",)
+    RETURN_NAMES = ("environment",)
+    OUTPUT_TOOLTIPS = ("For Start Training; the run folder's train.toml records it.",)
+    OPTIONAL: ClassVar = widgets(Environment, *Environment.model_fields, prefix="environment")
+
+    def environment(self, **values: Any) -> tuple[dict[str, Any]]:
+        """The [environment] table: what differs from the defaults."""
+        checked = validate(Environment, self.read(values), "environment")
+        return (checked.model_dump(exclude_defaults=True),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, visible_gpus: str | None = None, variables: str | None = None) -> bool | str:
+        """Refuses what cannot be read or may not be set."""
+        return cls.check(visible_gpus=visible_gpus, variables=variables)
+
+
 class GeneralConfig(SettingsNode):
     """All settings of a training: joins model, adapter, optimizer and the settings here."""
 
@@ -309,11 +328,6 @@ class GeneralConfig(SettingsNode):
     ) -> tuple[dict[str, Any], str, str]:  # fmt: skip
         """The tables of a train.toml without its ``dataset``, the folder of runs and the copy's path."""
         settings = self.read(values)
-        if settings.get("blocks_to_swap") == EARLIER_BLOCKS_TO_SWAP:
-            logger.warning(
-                "blocks_to_swap: blocks cannot be swapped yet; training goes on without, and needs more memory"
-            )
-            settings["blocks_to_swap"] = 0
         copy = settings.pop("config_save_path", "")
         settings["output_dir"] = output_folder(settings["output_dir"])
         settings |= _table("advanced_config", advanced_config or {})
@@ -332,9 +346,10 @@ class GeneralConfig(SettingsNode):
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, config_save_path: str | None = None) -> bool | str:
-        """Refuses a place where no file may be written."""
+    def VALIDATE_INPUTS(cls, config_save_path: str | None = None, output_dir: str | None = None) -> bool | str:
+        """Refuses places where nothing may be written."""
         try:
+            output_folder(output_dir or "")
             if (config_save_path or "").strip():
                 copy_path("config_save_path", str(config_save_path))
         except SettingsError as error:

@@ -153,12 +153,15 @@ class Family(ABC):
     title: ClassVar[str]
     """Name for people, such as "Flux"."""
     Config: ClassVar[type[ModelConfig]]
-    size_multiple: ClassVar[int] = 16
-    """Pixel width and height must be multiples of this."""
-    latent_multiple: ClassVar[int] = 8
+    size_multiple: int = 16
+    """Pixel width and height must be multiples of this. It and the next three may differ from variant to
+    variant of a family; `check_files` sets them then."""
+    latent_multiple: int = 8
     """Pixels that one latent stands for, across and down."""
-    fps: ClassVar[float | None] = None
+    fps: float | None = None
     """Frames in a second of the videos that it makes; None where it makes pictures alone."""
+    takes_pictures: bool = True
+    """Pictures can be trained; not so where the first frame is given and the rest is to be made."""
     frame_multiple: ClassVar[int] = 4
     frame_remainder: ClassVar[int] = 1
     """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
@@ -200,7 +203,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_files(self) -> None:
-        """Sees that what the paths name is there and is what it should be; loads nothing.
+        """Sees that what the paths name is there and is what it should be; loads nothing. Called before all else.
 
         Raises:
             SettingsError: Names the option, the path and what was expected.

@@ -159,7 +159,7 @@ def options_page() -> str:
              ("[[adapter.fuse_adapters]]", settings.FusedAdapter), ("[optimizer]", settings.Optimizer),
              ("[sample]", settings.Sampling), ("[monitoring]", settings.Monitoring)]  # fmt: skip
     planned = {kind: config for kind, config in package("models").configs().items() if kind not in families}
-    parts.append(("[[eval_datasets]]", settings.EvalDataset))
+    parts += [("[environment]", package("utils.environment").Environment), ("[[eval_datasets]]", settings.EvalDataset)]
     parts += [(f'[model] with type = "{kind}"', family.Config) for kind, family in families.items()]
     parts += [
         (f'[model] with type = "{kind}", which cannot be trained yet', config) for kind, config in planned.items()

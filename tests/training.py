@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
 from diffusion_trainer.utils.run_folder import Command, RunFolder
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import DatasetSettings, parse_dataset_settings, parse_train_settings
 from diffusion_trainer.utils.trainer import Trainer, prepare_folder
 from diffusion_trainer.utils.world import World, join_world
 from PIL import Image, ImageDraw
@@ -50,12 +51,30 @@ def write_pictures(folder: Path, count: int = 6) -> Path:
     return folder
 
 
+def write_clips(folder: Path, count: int = 4, frames: int = 9, fps: int = 16) -> Path:
+    """Clips of a ball that moves, with captions; they may lie beside pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        with av.open(str(folder / f"clip{number}.mp4"), "w") as container:
+            stream: Any = container.add_stream("mpeg4", rate=fps)
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 5_000_000
+            for time in range(frames):
+                picture = Image.new("RGB", (64, 64), (40 * number, 80, 160))
+                left = 4 * time + 3 * number
+                ImageDraw.Draw(picture).ellipse((left, 8, left + 24, 32), fill=(200, 200, 50 * number))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+        (folder / f"clip{number}.txt").write_text(f"video of ball {number}", "utf-8")
+    return folder
+
+
 class Bench:
     """A folder with a miniature model, pictures and a shared cache, and trainings in it."""
 
-    def __init__(self, root: Path, family: str = "flux") -> None:
+    def __init__(self, root: Path, family: str = "flux", **variant: Any) -> None:
+        """``variant``: arguments of the family's `write_miniature`."""
         self.root = root
-        self.model = families()[family].write_miniature(root / "model")
+        self.model = families()[family].write_miniature(root / "model", **variant)
         self.pictures = write_pictures(root / "pictures")
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -79,6 +98,10 @@ class Bench:
     def dataset(self, **changes: Any) -> dict[str, Any]:
         """Tables of the dataset."""
         return {"resolutions": [64], "directory": [{"path": str(self.pictures)}], **changes}
+
+    def parsed_dataset(self, **changes: Any) -> DatasetSettings:
+        """The dataset's settings."""
+        return parse_dataset_settings(self.dataset(**changes))
 
     def train(
         self,
@@ -137,8 +160,22 @@ class Result:
 
     def curve(self, name: str) -> list[float]:
         """Points of ``train/<name>`` in TensorBoard's log."""
-        events = EventAccumulator(str(self.folder.path), size_guidance={"scalars": 0}).Reload()
-        return [point.value for point in sorted(events.Scalars(f"train/{name}"), key=lambda point: point.step)]
+        return self.points(f"train/{name}")
+
+    def points(self, name: str) -> list[float]:
+        """Points of a curve by its whole name."""
+        return [point.value for point in self._scalars(name)]
+
+    def places(self, name: str) -> list[int]:
+        """Where they lie."""
+        return [point.step for point in self._scalars(name)]
+
+    def _scalars(self, name: str) -> list[Any]:
+        return sorted(self.events().Scalars(name), key=lambda point: point.step)
+
+    def events(self) -> EventAccumulator:
+        """TensorBoard's log."""
+        return EventAccumulator(str(self.folder.path), size_guidance={"scalars": 0, "images": 0}).Reload()
 
     def lora(self) -> dict[str, torch.Tensor]:
         """Tensors of the last export."""

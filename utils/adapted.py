@@ -79,7 +79,8 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def _merged_length(self) -> Tensor:
         """The length of each row of the weight with the adapter in it, fp32, (O)."""
-        return (frozen_weight(self.base_layer).flatten(1) + self.adapter.delta().to(self.weight.device)).norm(dim=1)
+        frozen = frozen_weight(self.base_layer).flatten(1)  # may wait in main memory
+        return (frozen + self.adapter.delta().to(frozen.device)).norm(dim=1)
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -90,11 +91,12 @@ class Adapted(nn.Module):
         """
         found = {**self.adapter.tensors(), "alpha": torch.tensor(self.adapter.alpha)}
         if self.magnitude is not None:
-            found["dora_scale"] = self._along_frozen(self.magnitude / self._merged_length())
+            found["dora_scale"] = self._along_frozen(self.magnitude.cpu() / self._merged_length().cpu())
         return found
 
     def _along_frozen(self, factor_O: Tensor) -> Tensor:
-        length = frozen_weight(self.base_layer).flatten(1).norm(dim=1) * factor_O
+        length = frozen_weight(self.base_layer).flatten(1).norm(dim=1)
+        length = length * factor_O.to(length.device)
         return length.view(-1, *[1] * (len(self.adapter.shape.weight) - 1))
 
     @torch.no_grad()
@@ -115,8 +117,14 @@ def frozen_weight(layer: nn.Module) -> Tensor:
 def replace_frozen(layer: nn.Module, value: Tensor) -> None:
     """Puts another value into the weight of a linear layer or a convolution, stored as before."""
     weight: Any = layer.weight
-    if isinstance(layer, StoredLinear):
-        layer.store(value.to(weight.device), weight.dtype)
+    if isinstance(layer, StoredLinear):  # in place: a swapped block's weights are part of a larger piece of memory
+        scale = layer.weight_scale
+        fresh = layer.store(value.to(weight.device), weight.dtype)
+        weight.copy_(fresh)
+        layer.weight = weight
+        if scale is not None and layer.weight_scale is not None:
+            scale.copy_(layer.weight_scale)
+            layer.weight_scale = scale
     else:
         weight.copy_(value)
 

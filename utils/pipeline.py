@@ -17,7 +17,9 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +30,12 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
+from .checkpointing import Checkpointing
 from .config import SettingsError
 from .graphs import StepGraphs
+from .offload import BlockSwap
 from .trained import Trained
 from .world import World
 
@@ -75,14 +78,13 @@ class Chain(PipelineModule):
         num_stages: int,
         bounds: Sequence[int],
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
-        checkpointing: bool,
+        checkpointing: Checkpointing,
+        swap: BlockSwap | None = None,
         compiled: bool = False,
         memory_budget: float | None = None,
-        random: bool = True,
     ) -> None:
         self._bounds = list(bounds)
-        self._random = random
-        self._checkpointing = checkpointing and memory_budget is None
+        self._checkpointing, self.swap = checkpointing, swap
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
@@ -100,12 +102,42 @@ class Chain(PipelineModule):
 
     def forward(self, inputs: Any) -> Any:
         """Runs this stage on a tuple of tensors."""
+        self._checkpointing.start()
+        if self.swap:
+            self.swap.start()
+        number = 0
         for link in self.forward_funcs:
-            if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
-                inputs = checkpoint(link, *inputs, use_reentrant=False, preserve_rng_state=self._random)
-            else:
-                inputs = link(*inputs)
+            run: Callable[..., Any] = link
+            if link.layer.is_block:
+                run, number = partial(self._block, number, link), number + 1
+            inputs = self.swap.run(link.layer.name, run, inputs) if self.swap else run(*inputs)
         return inputs
+
+    def _block(self, number: int, link: Link, *inputs: torch.Tensor) -> Any:
+        return self._checkpointing.run(number, link, inputs)
+
+    def settle(self) -> None:
+        """What swapping and checkpointing copy meanwhile is done before work that is issued from now on."""
+        self._checkpointing.finish()
+        if self.swap:
+            self.swap.settle()
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """All weights can be read."""
+        return self.swap.at_rest() if self.swap else contextlib.nullcontext()
+
+    def resident(self) -> AbstractContextManager[None]:
+        """All blocks are on the device."""
+        return self.swap.resident() if self.swap else contextlib.nullcontext()
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """The modules of this stage can be called by themselves, without gradients."""
+        return self.swap.hooked() if self.swap else contextlib.nullcontext()
+
+    def forget(self) -> None:
+        """What was issued last may never have run."""
+        if self.swap:
+            self.swap.forget()
 
 
 def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequence[int] | None) -> list[int]:
@@ -151,7 +183,7 @@ class Engine(PipelineEngine):
         """What DeepSpeed's constructor has no place for."""
         self.trained, self.control, self.max_norm = trained, world.control, max_norm
         if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
-            self._graphs = StepGraphs(self._micro_step)
+            self._graphs = StepGraphs(self._micro_step, self.module.forget)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
@@ -171,6 +203,7 @@ class Engine(PipelineEngine):
         run = self._graphs or self._micro_step
         for _ in range(self.micro_batches):
             inputs, labels = (self._to_device(part) for part in next(data_iter))
+            self.module.settle()  # evaluation may have left it otherwise; a graph begins as it was recorded
             loss = run(inputs, labels)
             self.total_loss = loss if self.total_loss is None else self.total_loss + loss
         self._exec_reduce_grads()
@@ -179,7 +212,45 @@ class Engine(PipelineEngine):
     def _micro_step(self, inputs: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         loss = self.module.loss_fn(self.module(inputs), labels)
         (loss / self.micro_batches).backward()
+        self.module.settle()
         return loss.detach()
+
+    def measure(self, batches: Iterable[Batch], resident: bool = False) -> list[float]:
+        """The loss of each sample of ``batches``, forward only, on the last stage; elsewhere nothing.
+
+        All stages are given the same batches. Weights, gradients and random state stay as they are.
+
+        Args:
+            resident: Blocks that are swapped in training stay on the GPU meanwhile.
+        """
+        training = self.module.training
+        self.module.eval()
+        self._reserve_pipe_buffers(1)
+        losses = []
+        with torch.no_grad(), self.module.resident() if resident else contextlib.nullcontext():
+            for inputs, labels in as_micro_batches(batches):
+                if self.is_first_stage():
+                    self.pipe_buffers["inputs"][0] = self._to_device(inputs)
+                else:
+                    self._exec_recv_activations(0)
+                outputs = self.module(self.pipe_buffers["inputs"][0])
+                if self.is_last_stage():
+                    losses.append(self._losses(outputs, self._to_device(labels)))
+                else:
+                    self.pipe_buffers["outputs"][0] = outputs
+                    self._exec_send_activations(0)
+        self.pipe_buffers["inputs"][0] = self.pipe_buffers["outputs"][0] = None
+        self.module.settle()
+        self.module.train(training)
+        return torch.cat(losses).tolist() if losses else []
+
+    def _losses(self, outputs: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss of each row of a batch."""
+        target, weight = labels
+        rows = [weight[n : n + 1] if weight.ndim and len(weight) == len(target) else weight for n in range(len(target))]
+        return torch.stack(
+            [self.module.loss_fn(outputs[n : n + 1], (target[n : n + 1], row)) for n, row in enumerate(rows)]
+        )
 
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
@@ -326,7 +397,7 @@ def build_engine(
 
 
 def as_micro_batches(
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
     """Batches in the form that the engine reads."""
     for batch in batches:
