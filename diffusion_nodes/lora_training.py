@@ -1,6 +1,6 @@
 """Trains a LoRA on a model that ComfyUI has loaded: the loop, without any node around it.
 
-Read in this order: lora_settings, lora_samples (what is trained on), lora_objective (the loss), lora_adapters and
+Read in this order: lora_settings, lora_samples (what is trained on), lora_objective (the loss), adapter_layers and
 lora_layers (what is trained, and how it is put into the model), lora_files (what comes in and goes out), this.
 """
 

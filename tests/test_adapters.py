@@ -283,6 +283,8 @@ def test_every_layer_has_a_native_name_and_no_spelling_is_ambiguous(family: str,
         for name, places in parts:
             rows[name] = rows.get(name, 0) + (shapes_of(denoiser)[name].outputs if places is None else len(places))
     for name in target_names(denoiser, kind, settings):
+        if name.startswith("text_encoder"):  # ComfyUI calls their layers as transformers does
+            continue
         assert rows[name] == shapes_of(denoiser)[name].outputs, name
 
 
