@@ -7,6 +7,7 @@ import pytest
 from diffusion_trainer.models import configs, families, planned
 from diffusion_trainer.scripts import docs
 from diffusion_trainer.utils.config import SettingsError, write_toml
+from diffusion_trainer.utils.environment import Environment
 from diffusion_trainer.utils.settings import (
     EvalDataset,
     Sampling,
@@ -138,8 +139,8 @@ def test_shipped_files_parse():
 
 
 def test_every_option_is_described():
-    tables = [TrainSettings, Sampling, EvalDataset, *configs().values()]
-    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "type"}
+    tables = [TrainSettings, Sampling, EvalDataset, Environment, *configs().values()]
+    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "environment", "type"}
     bare = [
         name
         for table in tables
