@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import lazy
@@ -32,12 +32,22 @@ def load_autoencoder(
         shift: what is taken from them before, for a file, which does not hold them.
     """
     vae = build(lambda: diffusers.AutoencoderKL.from_config(_config(weights, scaling, shift)))
-    if weights.path.is_dir():
-        fill(vae, weights.read, dtype, device)
-    else:
-        levels = len(vae.config.block_out_channels)
-        fill(vae, lambda name: as_matrix(name, weights.read(original_name(name, levels))), dtype, device)
+    fill(vae, reader(weights), dtype, device)
     return vae.eval()
+
+
+def reader(weights: Weights) -> Callable[[str], torch.Tensor]:
+    """Reads a parameter of AutoencoderKL by its name, from a folder or an original file."""
+    if weights.path.is_dir():
+        return weights.read
+    levels = weights.count("encoder.down.")
+    return lambda name: as_matrix(name, weights.read(original_name(name, levels)))
+
+
+def read_original(weights: Weights) -> dict[str, torch.Tensor]:
+    """All of an autoencoder as an original file has it, in the precision that it is stored in."""
+    vae, read = build(lambda: diffusers.AutoencoderKL.from_config(_config(weights, 1.0, None))), reader(weights)
+    return to_original({name: read(name) for name, _ in vae.named_parameters()})
 
 
 def _config(weights: Weights, scaling: float, shift: float | None) -> dict[str, Any]:

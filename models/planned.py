@@ -299,21 +299,6 @@ class MiniMaxH3Config(_FromComfyUI):
     cfg: float = option(1.0, "Guidance that the prediction is blended with while training.", ge=1, step=0.1)
 
 
-class SDXLConfig(ModelConfig):
-    """Stable Diffusion XL."""
-
-    type: Literal["sdxl"] = "sdxl"
-    checkpoint_path: str = _file("The whole model as a single file.", "checkpoints", required=True)
-    v_pred: bool = option(False, "The model predicts v, as NoobAI's v-prediction versions do.")
-    min_snr_gamma: float | None = option(
-        None, "Least loss weight of low noise, 5 is usual. Left out: all alike.", gt=0, le=20, step=0.1
-    )
-    debiased_estimation_loss: bool = option(False, "Weigh the loss by the root of the noise level.")
-    unet_lr: float | None = _rate("the UNet")
-    text_encoder_1_lr: float | None = _rate("the first text encoder")
-    text_encoder_2_lr: float | None = _rate("the second text encoder")
-
-
 CONFIGS: dict[str, type[ModelConfig]] = {
     get_args(config.model_fields["type"].annotation)[0]: config
     for config in list(globals().values())

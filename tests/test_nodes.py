@@ -97,7 +97,6 @@ def test_advanced_and_general_settings_arrive():
     ("values", "message"),
     [
         ({"blocks_to_swap": -1}, "blocks_to_swap: must be at least 0, got -1"),
-        ({"eval_datasets": "a.toml\nb.toml"}, "eval_datasets: evaluation is not available yet"),
         ({"epochs": 0}, "epochs: must be at least 1, got 0"),
         ({"epochs": "ten"}, "epochs: input should be a valid integer"),
         ({"adapter": {"rank": 2.5}}, "adapter.rank: input should be a valid integer"),

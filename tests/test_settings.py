@@ -40,7 +40,6 @@ def dataset(**changes):
         ({"epochs": "many"}, "epochs: input should be a valid integer"),
         ({"model": None}, "model: required, but not given"),
         ({"optimizer": None}, "optimizer: required, but not given"),
-        ({"output_dir": None}, "output_dir: required, but not given"),
         ({"model": {"type": "fluxx"}}, "model.type: 'fluxx' is unknown; known are"),
         ({"model": {"type": "flux", "difusers_path": "/m"}}, "model.difusers_path: unknown option; did you mean 'diffusers_path'?"),  # noqa: E501
         ({"model": {"type": "flux", "dtype": "bf16"}}, "model.dtype: must be"),

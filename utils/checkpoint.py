@@ -74,8 +74,14 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, trained: Trained, *, optimizer_state: bool = True, optimizer_groups: bool = True
+) -> dict[str, Any]:
     """Takes over a checkpoint; returns its progress.
+
+    Args:
+        optimizer_state: Also the optimizer's running averages.
+        optimizer_groups: Also its numbers, such as weight decay, but never the learning rate.
 
     Raises:
         SettingsError: It is incomplete, of another format, or does not fit the settings.
@@ -93,10 +99,11 @@ def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
     rest: dict[str, Any] = {"values": {}, "groups": []}
     for file in sorted(folder.glob("optimizer-*.pt")):
         part = torch.load(file, map_location="cpu", weights_only=True)
-        rest["values"] |= part["values"]
-        rest["groups"] += part["groups"]
+        rest["values"] |= part["values"] if optimizer_state else {}
+        rest["groups"] += part["groups"] if optimizer_groups else []
     weights = TensorFiles(sorted(folder.glob("weights-*.safetensors")))
-    trained.load(weights, TensorFiles(sorted(folder.glob("optimizer-*.safetensors"))), rest)
+    state = TensorFiles(sorted(folder.glob("optimizer-*.safetensors")) if optimizer_state else [])
+    trained.load(weights, state, rest)
     return progress
 
 

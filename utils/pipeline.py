@@ -17,7 +17,7 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -126,6 +126,14 @@ class Chain(PipelineModule):
         """All weights can be read."""
         return self.swap.at_rest() if self.swap else contextlib.nullcontext()
 
+    def resident(self) -> AbstractContextManager[None]:
+        """All blocks are on the device."""
+        return self.swap.resident() if self.swap else contextlib.nullcontext()
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """The modules of this stage can be called by themselves, without gradients."""
+        return self.swap.hooked() if self.swap else contextlib.nullcontext()
+
     def forget(self) -> None:
         """What was issued last may never have run."""
         if self.swap:
@@ -206,6 +214,43 @@ class Engine(PipelineEngine):
         (loss / self.micro_batches).backward()
         self.module.settle()
         return loss.detach()
+
+    def measure(self, batches: Iterable[Batch], resident: bool = False) -> list[float]:
+        """The loss of each sample of ``batches``, forward only, on the last stage; elsewhere nothing.
+
+        All stages are given the same batches. Weights, gradients and random state stay as they are.
+
+        Args:
+            resident: Blocks that are swapped in training stay on the GPU meanwhile.
+        """
+        training = self.module.training
+        self.module.eval()
+        self._reserve_pipe_buffers(1)
+        losses = []
+        with torch.no_grad(), self.module.resident() if resident else contextlib.nullcontext():
+            for inputs, labels in as_micro_batches(batches):
+                if self.is_first_stage():
+                    self.pipe_buffers["inputs"][0] = self._to_device(inputs)
+                else:
+                    self._exec_recv_activations(0)
+                outputs = self.module(self.pipe_buffers["inputs"][0])
+                if self.is_last_stage():
+                    losses.append(self._losses(outputs, self._to_device(labels)))
+                else:
+                    self.pipe_buffers["outputs"][0] = outputs
+                    self._exec_send_activations(0)
+        self.pipe_buffers["inputs"][0] = self.pipe_buffers["outputs"][0] = None
+        self.module.settle()
+        self.module.train(training)
+        return torch.cat(losses).tolist() if losses else []
+
+    def _losses(self, outputs: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss of each row of a batch."""
+        target, weight = labels
+        rows = [weight[n : n + 1] if weight.ndim and len(weight) == len(target) else weight for n in range(len(target))]
+        return torch.stack(
+            [self.module.loss_fn(outputs[n : n + 1], (target[n : n + 1], row)) for n, row in enumerate(rows)]
+        )
 
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
@@ -352,7 +397,7 @@ def build_engine(
 
 
 def as_micro_batches(
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
     """Batches in the form that the engine reads."""
     for batch in batches:

@@ -91,6 +91,15 @@ class Monitoring(Table):
     wandb_tracker_name: str | None = option(None, "Project name there.")
     wandb_run_name: str | None = option(None, "Run name there.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key(cls, values: Any) -> Any:
+        """A key in a file would be copied into every run folder."""
+        if not isinstance(values, Mapping) or "wandb_api_key" not in values:
+            return values
+        logger.warning("monitoring.wandb_api_key: not used; put the key into the variable WANDB_API_KEY")
+        return {key: value for key, value in values.items() if key != "wandb_api_key"}
+
 
 class EvalDataset(Table):
     """One ``[[eval_datasets]]``: pictures whose loss is measured, but which are not trained."""
@@ -179,7 +188,9 @@ class Sampling(Table):
 class TrainSettings(Table):
     """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
-    output_dir: str = option(..., "Folder that receives one run folder for each training.")
+    output_dir: str = option(
+        "output", "Folder that receives one run folder for each training, relative to where training is started."
+    )
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
@@ -300,12 +311,18 @@ class TrainSettings(Table):
     save_every_n_steps: int | None = option(
         None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1
     )
+    save_every_n_examples: int | None = option(
+        None, "Export the adapter or model after every so many pictures. Left out: not by pictures.", ge=1, step=1
+    )
     save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
     checkpoint_every_n_epochs: int | None = option(
         None,
         "Write a checkpoint, from which training can go on, after every so many epochs. Left out: not by epochs.",
         ge=1,
         step=1,
+    )
+    checkpoint_every_n_steps: int | None = option(
+        None, "Write a checkpoint after every so many steps. Left out: not by steps.", ge=1, step=1
     )
     checkpoint_every_n_minutes: int | None = option(
         None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1
@@ -374,11 +391,29 @@ class TrainSettings(Table):
     eval_every_n_steps: int | None = option(
         None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1
     )
-    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
-    eval_micro_batch_size_per_gpu: int | None = option(
-        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1
+    eval_every_n_examples: int | None = option(
+        None, "Measure the loss of eval_datasets every so many pictures. Left out: not by pictures.", ge=1, step=1
     )
-    eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
+    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
+    eval_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", step=1, ui_max=1024
+    )
+    eval_image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None,
+        "The same for pictures among videos. Left out: as for videos.",
+        step=1,
+        ui_max=1024,
+        advanced=True,
+        also=("image_eval_micro_batch_size_per_gpu",),
+    )
+    eval_gradient_accumulation_steps: int = option(
+        1,
+        "Accepted from older files: evaluation always hands on one micro-batch after the other.",
+        ge=1,
+        step=1,
+        ui_max=1024,
+        advanced=True,
+    )
 
     steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
     logging_steps: int = option(
@@ -404,7 +439,12 @@ class TrainSettings(Table):
     monitoring: Monitoring = Monitoring()
     sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
-    @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
+    @field_validator(
+        "micro_batch_size_per_gpu",
+        "image_micro_batch_size_per_gpu",
+        "eval_micro_batch_size_per_gpu",
+        "eval_image_micro_batch_size_per_gpu",
+    )
     @classmethod
     def _micro_batch(cls, value: int | list[list[int]] | None) -> int | list[list[int]] | None:
         pairs = [[1, value]] if isinstance(value, int) else value
@@ -422,10 +462,13 @@ class TrainSettings(Table):
     def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
         """Samples of this size that one GPU works on at once."""
         value = self.image_micro_batch_size_per_gpu if frames == 1 else None
-        value = value or self.micro_batch_size_per_gpu
-        if isinstance(value, int):
-            return value
-        return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+        return _by_size(value or self.micro_batch_size_per_gpu, width, height)
+
+    def eval_micro_batch(self, width: int, height: int, frames: int = 1) -> int:
+        """The same for evaluation."""
+        value = self.eval_image_micro_batch_size_per_gpu if frames == 1 else None
+        value = value or self.eval_micro_batch_size_per_gpu
+        return _by_size(value, width, height) if value else self.micro_batch(width, height, frames)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -459,6 +502,13 @@ class TrainSettings(Table):
         return self
 
 
+def _by_size(value: int | list[list[int]], width: int, height: int) -> int:
+    """A micro-batch size, or that of the nearest resolution."""
+    if isinstance(value, int):
+        return value
+    return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+
+
 def _full_problems(settings: TrainSettings) -> list[str]:
     """What does not go together with training all weights."""
     model, found = settings.model, []
@@ -486,10 +536,6 @@ def _bad_patterns(settings: TrainSettings) -> list[str]:
 def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
-    if settings.eval_datasets:
-        found.append("eval_datasets: evaluation is not available yet; leave it out")
-    if settings.sample.prompts:
-        found.append("sample.prompts: nothing can be drawn yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
     return found

@@ -105,13 +105,15 @@ class Trained:
             optimizer.eval()  # type: ignore[attr-defined]
         if modes:
             self.publish()
-        yield
-        for optimizer in modes:
-            optimizer.train()  # type: ignore[attr-defined]
-        for name, value in before.items():  # exactly as they were: going there and back rounds
-            self.stepped[name].data.copy_(value)
-        if modes:
-            self.publish()
+        try:
+            yield
+        finally:
+            for optimizer in modes:
+                optimizer.train()  # type: ignore[attr-defined]
+            for name, value in before.items():  # exactly as they were: going there and back rounds
+                self.stepped[name].data.copy_(value)
+            if modes:
+                self.publish()
 
     # -- out and in -----------------------------------------------------------------------------------
 

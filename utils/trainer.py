@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..models.base import Layer
-from . import attention
+from . import attention, preview
 from .adapters import inject, load_existing
 from .buckets import Bucket
 from .cache import Cache
@@ -23,24 +24,41 @@ from .config import SettingsError, write_toml, write_whole
 from .control import Control, Stopped
 from .dataset import Sample, recall, remember, scan, scan_name
 from .dataset_report import Report
+from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
-from .index import Index
+from .index import Index, Media
+from .live import Live, Stages, owners_of
 from .loader import Loader
-from .loop import Loop, Position
+from .loop import Loop
 from .losses import loss_for
 from .metrics import Curves
+from .observation import Observation
 from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
+from .position import Position
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
+from .samples import Previews, Prompt, find_images, prompts_of, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sources import printable
 from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """What a run trains on and what it is looked at with, encoded."""
+
+    train: Cache
+    eval_sets: dict[str, Cache]
+    embeddings: dict[Prompt, dict[str, torch.Tensor]]
+    """Of what is drawn."""
+    images: list[Media]
+    """What drawing starts from."""
 
 
 class Trainer:
@@ -55,6 +73,7 @@ class Trainer:
         status = folder.read_status() if resume else Status()
         status.state, status.error, status.epochs = "starting", None, settings.epochs
         self.control = Control(world, folder, status)
+        self._eval_sets = read_sets(settings)
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -82,21 +101,32 @@ class Trainer:
     def _train(self) -> None:
         s = self.settings
         self.family.check_files()
-        cache = self._prepare_data()
+        if s.dump_dataset:
+            self._dump_dataset(Path(s.dump_dataset).expanduser())
+            return
+        data = self._prepare_data()
+        cache = data.train
         if s.cache_only:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
-        engine, trained = self._build()
-        global_batch = self._global_batch(cache.samples[0].bucket)
+        engine, trained, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         total = sampler.total_steps(s.epochs)
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
-            progress = load_checkpoint(newest_checkpoint(self.folder), trained)
+            progress = load_checkpoint(
+                newest_checkpoint(self.folder),
+                trained,
+                optimizer_state=not s.reset_optimizer,
+                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+            )
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
+            if s.reset_dataloader:
+                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
+                position.step_in_epoch, position.epoch_loss = 0, 0.0
             logger.info("resumed after step %d", position.step)
         loader = Loader(
             cache,
@@ -108,6 +138,7 @@ class Trainer:
             s.uncond_fraction,
             self.world.device.type == "cuda",
         )
+        global_batch = self._global_batch(cache.samples[0].bucket)
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self.control.say(
             state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch
@@ -131,12 +162,14 @@ class Trainer:
             ),
             sampler,
             loader,
+            self._observation(data, engine, live, trained),
             position,
             total,
             len(cache.samples),
         )
         folder = self.folder.path if self.world.rank == 0 else None
-        with Curves(folder, s.x_axis_examples, global_batch, position.step if self._resume else None) as curves:
+        purge_after = position.place(s.x_axis_examples) if self._resume else None
+        with Curves(folder, purge_after) as curves:
             loop.run(curves)
 
     def _global_batch(self, bucket: Bucket) -> int:
@@ -145,18 +178,29 @@ class Trainer:
         micro_batch = s.micro_batch(bucket.width, bucket.height, bucket.frames)
         return micro_batch * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)
 
-    def _prepare_data(self) -> Cache:
+    def _observation(self, data: Data, engine: Engine, live: Live, trained: Trained) -> Observation:
+        s, grid = self.settings, engine.grid
+        requests = requests_of(s.sample, self.family, data.embeddings, data.images)
+        previews = Previews(
+            self.family, live, requests, self.world, grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
+        )
+        evaluation = Evaluation(data.eval_sets, self.family, s, self.world, engine)
+        return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews, trained)
+
+    def _prepare_data(self) -> Data:
         s = self.settings
         folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
         self.control.say(state="caching", phase="looking through the dataset")
         found: Any = None
         if self.world.rank == 0:
             try:
-                found = self._scan(folder)
+                found = self._scan_all(folder)
             except (SettingsError, OSError, Stopped) as error:
                 found = error
-        samples, report = self.world.share(found)
-        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
+        samples, report, eval_samples, images = self.world.share(found)
+        prompts = prompts_of(s.sample, images)
+        everything = [*samples, *(sample for part in eval_samples.values() for sample in part)]
+        cache = Cache(folder, self.family, everything, s.uncond_fraction > 0, [(p.text, p.images) for p in prompts])
         failed = cache.fill(
             self.world.device,
             s.caching_batch_size,
@@ -168,17 +212,45 @@ class Trainer:
             num_readers=s.map_num_proc,
         )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
-        cache.samples = cache.without(unreadable)
+        train = cache.part(_without(samples, unreadable, "dataset"))
         if self.world.rank == 0:
-            self._report_data(cache, report, unreadable)
-        if not cache.samples:
-            reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
-            raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
-        return cache
+            self._report_data(train, report, unreadable)
+        eval_sets = {
+            name: cache.part(_without(part, unreadable, f"eval_datasets: {name}"))
+            for name, part in eval_samples.items()
+        }
+        embeddings = {prompt: cache.text(prompt.text, prompt.images) for prompt in prompts}
+        return Data(train, eval_sets, embeddings, images)
 
-    def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
+    def _scan_all(self, folder: Path) -> tuple[list[Sample], Report, dict[str, list[Sample]], list[Media]]:
+        """Samples of the dataset with the report on them, of the eval sets, and the pictures that drawing starts
+        from."""
+        samples, report = self._scan(folder, self.dataset)
+        eval_samples = {}
+        for name, settings in self._eval_sets.items():
+            try:
+                eval_samples[name], other = self._scan(folder, settings)
+            except SettingsError as error:
+                raise SettingsError(f"eval_datasets: {name}: {error}") from None
+            logger.info("eval set %s: %d samples, %d left out", name, len(eval_samples[name]), len(other.left_out))
+        return samples, report, eval_samples, find_images(self.settings.sample, folder / "index.sqlite")
+
+    def _dump_dataset(self, target: Path) -> None:
+        """Writes up to 100 samples, of all buckets alike, as the model will see them."""
+        if self.world.rank == 0:
+            samples, report = self._scan(
+                Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache"), self.dataset
+            )
+            report.count(samples)
+            report.log()
+            count = preview.dump(preview.choose(samples, 100, self.settings.seed), target, self.family.fps)
+            logger.info("%d samples were written to '%s', because dump_dataset is set: done", count, target)
+        self.world.barrier()
+        self.control.say(state="finished", phase="")
+
+    def _scan(self, folder: Path, dataset: DatasetSettings) -> tuple[list[Sample], Report]:
         s = self.settings
-        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
+        last = folder / "scans" / f"{scan_name(dataset, self.family, s.video_clip_mode)}.jsonl"
         samples = recall(last) if s.trust_cache else None
         if samples is not None:
             logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
@@ -187,7 +259,7 @@ class Trainer:
             return samples, report
         index = Index(folder / "index.sqlite", forget=s.regenerate_cache)
         try:
-            samples, report = scan(self.dataset, index, self.family, s.video_clip_mode, self.control.progress)
+            samples, report = scan(dataset, index, self.family, s.video_clip_mode, self.control.progress)
         finally:
             index.close()
         remember(last, samples)
@@ -210,7 +282,7 @@ class Trainer:
         text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
         write_whole(self.folder.path / "dataset_report.json", text)
 
-    def _build(self) -> tuple[Engine, Trained]:
+    def _build(self) -> tuple[Engine, Trained, Live]:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
@@ -246,7 +318,8 @@ class Trainer:
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
         )
-        del denoiser, layers
+        owners = owners_of(layers, bounds)
+        del layers
         trained = Trained(
             names,
             chain,
@@ -264,7 +337,12 @@ class Trainer:
             max_norm=s.gradient_clipping,
             use_graphs=s.cuda_graphs and not dropout,
         )
-        return engine, trained
+        stages = None
+        if s.pipeline_stages > 1:
+            ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
+            stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
+        live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
+        return engine, trained, live
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
@@ -288,7 +366,22 @@ def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
     """Puts both TOMLs, as used, into the run folder."""
     write_toml(folder.dataset_toml, as_toml(dataset))
-    write_toml(folder.train_toml, as_toml(settings) | {"dataset": str(folder.dataset_toml)})
+    sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
+    tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
+    write_toml(folder.train_toml, tables)
+
+
+def _without(samples: Sequence[Sample], unreadable: Mapping[str, str], what: str) -> list[Sample]:
+    """The samples that need no unreadable file.
+
+    Raises:
+        SettingsError: None is left.
+    """
+    kept = [s for s in samples if not unreadable or not any(str(media.source) in unreadable for media in s.files)]
+    if not kept:
+        reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
+        raise SettingsError(f"{what}: no picture could be decoded: {reasons}")
+    return kept
 
 
 def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_samples: int) -> None:

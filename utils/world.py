@@ -51,10 +51,10 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def highest(self, value: int) -> int:
-        """The largest value that any rank gives."""
-        tensor = torch.tensor([value])
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+    def union(self, bits: int) -> int:
+        """The bits that any rank sets."""
+        tensor = torch.tensor([bits])
+        dist.all_reduce(tensor, op=dist.ReduceOp.BOR, group=self.control)
         return int(tensor.item())
 
 
