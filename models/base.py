@@ -207,7 +207,12 @@ class Family(ABC):
 
     def text_storage(self, kept: Sequence[str] = ()) -> Storage | None:
         """How a large text encoder's linear layers are stored, but those of ``kept``; None: at `dtype`."""
-        return self._storage(self.config.text_encoder_dtype, kept)
+        return self._storage(self.text_dtype, kept)
+
+    @property
+    def text_dtype(self) -> str | None:
+        """What a large text encoder is stored in; None: `dtype`."""
+        return self.config.text_encoder_dtype
 
     def _storage(self, name: str | None, kept: Sequence[str]) -> Storage | None:
         return None if name in (None, self.config.dtype) else stored.Storage.named(str(name), kept)

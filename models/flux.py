@@ -197,8 +197,9 @@ class Flux(Family):
         identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
         if part in self.text_encoders:
             identity["tokenizer"] = fingerprint(self._tokenizer_folder(part))
-            identity["storage"] = (name == "t5" and self.config.text_encoder_dtype) or ""
             identity["length"] = str(CLIP_LENGTH if part == "clip" else self.config.max_sequence_length)
+            if part == "t5" and self.text_dtype:
+                identity["storage"] = self.text_dtype
         return json.dumps(identity)
 
     def _place(self, name: str) -> tuple[Path, str]:
@@ -284,7 +285,6 @@ class Flux(Family):
             float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
             storage = self.text_storage(float32)
             fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32, storage)
-            stored.hide_weights(model)
             tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)  # type: ignore[attr-defined]
         return TextEncoder(tokenizer, model.eval())
 

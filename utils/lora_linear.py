@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .storage import convert, is_multiplied_quantised, num_inputs, product, product_of_grad
+from .storage import convert, is_multiplied_quantised, product, product_of_grad
 
 
 @torch.library.custom_op("diffusion_trainer::lora_linear", mutates_args=())

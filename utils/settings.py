@@ -493,6 +493,11 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
+            problems.append(
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"

@@ -164,9 +164,7 @@ def product_of_grad(grad_MO: Tensor, weight_OI: Tensor, scale: Tensor | None) ->
     it is quantised."""
     if scale is not None and is_multiplied_quantised(grad_MO, weight_OI):
         quantised_MO, scale_M1 = kernels.quantise_rows(grad_MO, weight_OI.dtype, columns=scale.view(-1))
-        return kernels.multiply_scaled(
-            quantised_MO, kernels.transpose(weight_OI), scale_M1, None, None, grad_MO.dtype
-        )
+        return kernels.multiply_scaled(quantised_MO, kernels.transpose(weight_OI), scale_M1, None, None, grad_MO.dtype)
     return grad_MO @ convert(weight_OI, scale, grad_MO.dtype)
 
 

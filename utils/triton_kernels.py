@@ -1,4 +1,4 @@
-"""Triton kernels for quantised weights and activations; each passes over its data once. See `kernels` for the shapes."""
+"""Triton kernels for quantised weights and activations; each passes over its data once. `kernels` says the shapes."""
 
 from __future__ import annotations
 

@@ -261,3 +261,5 @@ def fill(
         if leaf == "weight_scale":  # is where its weight is
             continue
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
+    if storage:
+        stored.hide_weights(module)
