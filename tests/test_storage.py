@@ -156,7 +156,7 @@ def test_text_encoders(any_bench: Bench, name: str, error: float) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("dtype", "error"), [(FLOAT8, 0.06), (torch.int8, 0.02)])
+@pytest.mark.parametrize(("dtype", "error"), [(FLOAT8, 0.06), (torch.int8, 0.03)])
 def test_quantised_products(quantised, dtype: torch.dtype, error: float, bias: bool) -> None:
     """Against exact products: the relative error of random vectors is that of a number, 2.6 % in float8."""
     x, grad = random(64, 96, requires_grad=True) * torch.logspace(-3, 3, 64)[:, None], random(64, 48, seed=2)
@@ -205,13 +205,12 @@ def test_training_with_quantised_products(bench: Bench) -> None:
     assert ours == pytest.approx(exact, rel=0.05)
 
 
-@pytest.mark.parametrize("dtype", [FLOAT8, torch.int8])
-def test_operators_are_well_formed(dtype: torch.dtype) -> None:
-    stored, scale = quantise(random(48, 96), dtype)
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_operators_are_well_formed(name: str) -> None:
+    stored, scale = quantise(random(48, 96), DTYPES[name])
     x = random(64, 96, requires_grad=True)
     torch.library.opcheck(torch.ops.diffusion_trainer.stored_linear.default, (x, stored, scale, random(48)))
-    packed, scales = quantise(random(48, 96), torch.uint8)
-    assert stored_linear_backward(random(64, 48), packed, scales).shape == (64, 96)
+    assert stored_linear_backward(random(64, 48), stored, scale).shape == (64, 96)
 
 
 @pytest.mark.gpu
