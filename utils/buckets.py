@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .settings import FolderOptions
+if TYPE_CHECKING:
+    from .settings import FolderOptions
 
 
 @dataclass(frozen=True, order=True, slots=True)

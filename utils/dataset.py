@@ -253,7 +253,7 @@ class _Folder:
         return [_named(entry[0], known[entry[0]]) if entry else None for entry in entries]
 
     def _examined(self, folder: str, entries: Iterable[tuple[Source, Stamp]]) -> dict[Source, Media | str]:
-        return dict(self._index.media(folder, entries, self._progress))
+        return self._index.media(folder, entries, self._progress)
 
     def _leave_out(self, path: str, reason: str) -> None:
         self._report.left_out[printable(path)] = reason

@@ -208,7 +208,11 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None,
+        "Processes of each GPU that read pictures while caching. Left out: up to eight, as there are cores.",
+        ge=1,
+        step=1,
+        advanced=True,
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."

@@ -182,13 +182,15 @@ def _add_members(archive: str, stamp: Stamp, members: Any, listing: Listing) -> 
 
 
 def _read_caption(path: str) -> str:
-    """The caption in a file; after a NUL, why it cannot be used."""
+    """The caption in a file; after a NUL, why it cannot be used.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     try:
         return captions.decode(Path(path).read_bytes(), printable(os.path.basename(path)))
     except captions.UnusableCaption as problem:
         return f"\0{problem}"
-    except OSError as error:
-        return f"\0its caption cannot be read: {error.strerror}"
 
 
 def _set_captions(item: Item, texts: list[str]) -> None:

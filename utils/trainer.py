@@ -27,11 +27,12 @@ from .losses import loss_for
 from .metrics import Curves
 from .optimizers import build_optimizer
 from .pipeline import Chain, Engine, build_engine, partition
+from .readers import Readers, usual_count
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
 from .sources import printable
-from .world import World
+from .world import World, num_local
 
 logger = logging.getLogger(__name__)
 
@@ -131,26 +132,9 @@ class Trainer:
     def _prepare_data(self) -> Cache:
         s = self.settings
         folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
-        self.control.say(state="caching", phase="looking through the dataset")
-        found: Any = None
-        if self.world.rank == 0:
-            try:
-                found = self._scan(folder)
-            except (SettingsError, OSError, Stopped) as error:
-                found = error
-        samples, report = self.world.share(found)
-        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
-        failed = cache.fill(
-            self.world.device,
-            s.caching_batch_size,
-            self.control.progress,
-            self.world.rank,
-            self.world.size,
-            self.world.barrier,
-            regenerate=s.regenerate_cache,
-            num_readers=s.map_num_proc,
-        )
-        unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
+        self.control.say(state="caching")
+        with Readers(s.map_num_proc or usual_count(num_local())) as readers:
+            cache, report, unreadable = self._cached(folder, readers)
         cache.samples = cache.without(unreadable)
         if self.world.rank == 0:
             self._report_data(cache, report, unreadable)
@@ -159,7 +143,31 @@ class Trainer:
             raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
         return cache
 
-    def _scan(self, folder: Path) -> tuple[list[Sample], Report]:
+    def _cached(self, folder: Path, readers: Readers) -> tuple[Cache, Report, dict[str, str]]:
+        """The filled cache, the report of the scan, and the files that could not be decoded."""
+        s = self.settings
+        found: Any = None
+        if self.world.rank == 0:
+            try:
+                found = self._scan(folder, readers)
+            except (SettingsError, OSError, Stopped) as error:
+                found = error
+        samples, report = self.world.share(found)
+        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
+        failed = cache.fill(
+            self.world.device,
+            s.caching_batch_size,
+            readers,
+            self.control.progress,
+            self.world.rank,
+            self.world.size,
+            self.world.barrier,
+            regenerate=s.regenerate_cache,
+        )
+        unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
+        return cache, report, unreadable
+
+    def _scan(self, folder: Path, readers: Readers) -> tuple[list[Sample], Report]:
         s = self.settings
         last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
         samples = recall(last) if s.trust_cache else None
@@ -168,7 +176,7 @@ class Trainer:
             report = Report()
             report.count(samples)
             return samples, report
-        index = Index(folder / "index.sqlite", forget=s.regenerate_cache)
+        index = Index(folder / "index.sqlite", readers, forget=s.regenerate_cache)
         try:
             samples, report = scan(self.dataset, index, self.family, s.video_clip_mode, self.control.progress)
         finally:
