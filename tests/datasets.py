@@ -19,7 +19,6 @@ from diffusion_trainer.utils.readers import Readers
 from diffusion_trainer.utils.settings import parse_dataset_settings
 from PIL import Image
 
-
 READERS = Readers(2)
 """Shared, as a process takes a moment to start; they end with the tests."""
 

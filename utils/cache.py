@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -258,18 +259,19 @@ class _Work:
         self._progress("loading the picture encoder", 0, 0)
         vae = self._family.load_vae(self._device)
 
-        def encode(group: Ready[_Picture]) -> None:
-            pixels = torch.from_numpy(np.stack([pixels for _, _, (pixels,) in group])).to(self._device)
-            with torch.no_grad():
-                generators = [generator("posterior", key) for key, *_ in group]
-                encoded = self._family.encode_media(vae, pixels.float() / 127.5 - 1.0, generators)
-            _put_rows(store, group, encoded)
-
         groups = _groups_by(jobs, lambda job: job.bucket, self._batch_size)
+        encode = partial(self._encode_pictures, vae, store)
         failed = self._read_and("encoding pictures", store, groups, self._reading_picture, encode)
         del vae, encode
         self._let_go()
         return failed
+
+    def _encode_pictures(self, vae: Any, store: Store, group: Ready[_Picture]) -> None:
+        pixels = torch.from_numpy(np.stack([pixels for _, _, (pixels,) in group])).to(self._device)
+        with torch.no_grad():
+            generators = [generator("posterior", key) for key, *_ in group]
+            encoded = self._family.encode_media(vae, pixels.float() / 127.5 - 1.0, generators)
+        _put_rows(store, group, encoded)
 
     def masks(self, store: Store, jobs: dict[str, _Picture]) -> dict[str, str]:
         """Shrinks masks to the grid of their latents; what failed, with the reason."""
@@ -294,21 +296,22 @@ class _Work:
         self._progress(f"loading text encoder {name}", 0, 0)
         encoder = self._family.load_text_encoder(name, self._device)
 
-        def encode(group: Ready[_Text]) -> None:
-            captions = [text.caption for _, text, _ in group]
-            with torch.no_grad():
-                if name in self._family.text_sees_controls:
-                    pictures = [[torch.from_numpy(each) for each in pixels] for *_, pixels in group]
-                    encoded = self._family.encode_edit(name, encoder, captions, pictures)
-                else:
-                    encoded = self._family.encode_text(name, encoder, captions)
-            _put_rows(store, group, encoded)
-
         groups = _groups_by(jobs, lambda job: None, self._batch_size)
+        encode = partial(self._encode_captions, name, encoder, store)
         failed = self._read_and(f"encoding captions ({name})", store, groups, self._reading_control, encode)
         del encoder, encode
         self._let_go()
         return failed
+
+    def _encode_captions(self, name: str, encoder: Any, store: Store, group: Ready[_Text]) -> None:
+        captions = [text.caption for _, text, _ in group]
+        with torch.no_grad():
+            if name in self._family.text_sees_controls:
+                controls = [[torch.from_numpy(each) for each in pixels] for *_, pixels in group]
+                encoded = self._family.encode_edit(name, encoder, captions, controls)
+            else:
+                encoded = self._family.encode_text(name, encoder, captions)
+        _put_rows(store, group, encoded)
 
     # -- reading ahead ----------------------------------------------------------------------------------
 
