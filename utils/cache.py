@@ -15,7 +15,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from ..models.base import Family
 from .buckets import Bucket
-from .dataset import Sample
+from .dataset import Sample, collector_off
 from .index import Media, Progress
 from .media import UnreadableMedia, read_mask, read_picture, read_whole
 from .randomness import generator
@@ -31,7 +31,6 @@ from .store import Store, Uses
 from .video import read_clip, read_mask_clip
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CONTROL_PIXELS = 1024 * 1024
 """Most pixels of a control picture that a text encoder looks at."""
@@ -85,6 +84,25 @@ class _Text:
 
 
 Job = TypeVar("Job", _Picture, _Text)
+
+
+class _Part(Generic[Job]):
+    """What is needed of one store, and which of it this process makes."""
+
+    def __init__(self, store: Store, known: dict[str, int], rank: int, world: int) -> None:
+        """``known``: sizes of what there is and need not be made."""
+        self.store, self.known = store, known
+        self.keys: dict[str, None] = {}
+        self.jobs: dict[str, Job] = {}
+        self._rank, self._world = rank, world
+
+    def add(self, key: str, kind: Callable[..., Job], *arguments: Any) -> None:
+        """Notes a value. Processes share by key, so that those which look at other times leave no gap."""
+        self.keys[key] = None
+        if key not in self.known and int(key[:8], 16) % self._world == self._rank:
+            self.jobs[key] = kind(*arguments)
+
+
 Ready = list[tuple[str, Job, list[np.ndarray]]]
 """Keys and jobs with the pixels of their files."""
 Call = tuple[Any, ...]
@@ -98,7 +116,7 @@ class Cache:
         """``uncond``: the empty caption is needed for every sample, not only for those that may lose theirs."""
         self._folder, self._family, self._uncond = folder, family, uncond
         self.samples = list(samples)
-        self._jobs: list[tuple[Store, dict[str, int], list[str]]] = []
+        self._parts: list[_Part[Any]] = []
         self._vae_identity = family.identity("vae")
         self._text_identity = {name: family.identity(name) for name in family.text_encoders}
         root = folder / family.config.type
@@ -184,65 +202,72 @@ class Cache:
         """
         work = _Work(self._family, device, batch_size, readers, progress, regenerate)
         failed: dict[str, str] = {}
-        self._jobs.clear()
+        self._parts.clear()
 
-        def share(store: Store, jobs: dict[str, T]) -> dict[str, T]:
-            """What this process does: by key, so that processes which look at other times leave no gap."""
-            if rank == 0:
-                store.sweep()
-            present = {} if regenerate else store.sizes()
-            self._jobs.append((store, present, list(jobs)))
-            return {key: job for key, job in jobs.items() if key not in present and int(key[:8], 16) % world == rank}
+        def part(store: Store) -> _Part[Any]:
+            present = store.sizes(sweep=rank == 0)
+            self._parts.append(_Part(store, {} if regenerate else present, rank, world))
+            return self._parts[-1]
 
-        if pictures := share(self._media, self._picture_jobs()):
-            failed |= work.media(self._media, pictures)
+        with collector_off():
+            pictures = self._list_pictures(part(self._media))
+        if pictures.jobs:
+            failed |= work.media(self._media, pictures.jobs)
         barrier()
-        if masks := share(self._masks, self._mask_jobs()):
-            failed |= work.masks(self._masks, masks)
+        masks = self._list_masks(part(self._masks))
+        if masks.jobs:
+            failed |= work.masks(self._masks, masks.jobs)
         barrier()
         for name, store in self._texts.items():
-            if texts := share(store, self._text_jobs(name)):
-                failed |= work.texts(name, store, texts)
+            with collector_off():
+                texts = self._list_texts(name, part(store))
+            if texts.jobs:
+                failed |= work.texts(name, store, texts.jobs)
             barrier()
         return failed
 
     def note_use(self, name: str) -> int:
         """Keeps what the dataset ``name`` uses since `fill`, for pruning; returns its bytes."""
         identity = _key(name, self._vae_identity, *self._text_identity.values())
-        Uses(self._folder).note(identity, (key for *_, keys in self._jobs for key in keys))
+        Uses(self._folder).note(identity, (key for part in self._parts for key in part.keys))
         total = 0
-        for store, before, keys in self._jobs:
-            sizes = before if all(key in before for key in keys) else store.sizes()
-            total += sum(sizes.get(key, 0) for key in keys)
+        for part in self._parts:
+            complete = part.known and all(key in part.known for key in part.keys)
+            sizes = part.known if complete else part.store.sizes()
+            total += sum(sizes.get(key, 0) for key in part.keys)
         return total
 
-    def _picture_jobs(self) -> dict[str, _Picture]:
-        jobs = {}
+    def _list_pictures(self, part: _Part[_Picture]) -> _Part[_Picture]:
         for sample in self.samples:
-            still = Bucket(sample.bucket.width, sample.bucket.height)
-            parts = [(sample.media, sample.bucket, sample.start), *((c, still, None) for c in sample.controls)]
-            for media, bucket, start in parts:
+            flips = (False, True)[: 1 + sample.flip]
+            for flip in flips:
+                key = self.media_key(sample.media, sample.bucket, sample.start, flip)
+                part.add(key, _Picture, sample.media, sample.bucket, sample.start, flip, sample.media)
+            if sample.controls:
+                still = Bucket(sample.bucket.width, sample.bucket.height)
+                for control in sample.controls:
+                    for flip in flips:
+                        part.add(
+                            self.media_key(control, still, None, flip), _Picture, control, still, None, flip, control
+                        )
+        return part
+
+    def _list_masks(self, part: _Part[_Picture]) -> _Part[_Picture]:
+        for sample in self.samples:
+            if sample.mask:
                 for flip in (False, True)[: 1 + sample.flip]:
-                    job = _Picture(media, bucket, start, flip, media)
-                    jobs[self.media_key(media, bucket, start, flip)] = job
-        return jobs
+                    key = self.mask_key(sample, flip)
+                    part.add(key, _Picture, sample.mask, sample.bucket, sample.start, flip, sample.media)
+        return part
 
-    def _mask_jobs(self) -> dict[str, _Picture]:
-        return {
-            self.mask_key(s, flip): _Picture(s.mask, s.bucket, s.start, flip, s.media)
-            for s in self.samples
-            if s.mask
-            for flip in (False, True)[: 1 + s.flip]
-        }
-
-    def _text_jobs(self, encoder: str) -> dict[str, _Text]:
-        jobs, sees = {}, encoder in self._family.text_sees_controls
+    def _list_texts(self, encoder: str, part: _Part[_Text]) -> _Part[_Text]:
+        sees = encoder in self._family.text_sees_controls
         for sample in self.samples:
+            seen = sample.controls if sees else ()
             dropped = ("",) if self._uncond or sample.caption_dropout else ()
             for caption in (*sample.captions, *dropped):
-                key = self.text_key(encoder, caption, sample.controls)
-                jobs[key] = _Text(caption, sample.controls if sees else ())
-        return jobs
+                part.add(self.text_key(encoder, caption, seen), _Text, caption, seen)
+        return part
 
 
 class _Work:

@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .media import Properties, Source, UnreadableMedia, picture_properties
 from .readers import ReaderDied
@@ -42,8 +41,7 @@ Found = tuple[str, int, int, float | None, str | None]
 """Digest, width, height, seconds and problem of a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Media:
+class Media(NamedTuple):
     """A readable picture or video."""
 
     source: Source
@@ -127,7 +125,7 @@ class Index:
         known = {} if self._forget else self._known("texts", folder)
         rows: list[tuple[Any, ...]] = []
         for path, stamp in files:
-            name = _name(Source(path), folder)
+            name = _storable(path.removeprefix(folder))
             row = known.get(name)
             if row and row[1:4] == stamp:
                 yield path, row[4]
@@ -254,4 +252,4 @@ def _name(source: Source, folder: str) -> bytes:
 
 def _storable(text: str) -> bytes:
     """SQLite takes no text that is not UTF-8; names of files may be such."""
-    return os.fsencode(text)
+    return text.encode("utf-8", "surrogateescape")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -36,8 +35,7 @@ class UnreadableMedia(Exception):
     """A file that holds no usable picture or video; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a picture or video lies: a file, or a stretch of an uncompressed archive."""
 
     path: str
@@ -67,8 +65,7 @@ class Source:
             return io.BytesIO(archive.read(self.length))
 
 
-@dataclass(frozen=True, slots=True)
-class Properties:
+class Properties(NamedTuple):
     """What a file's head says."""
 
     width: int

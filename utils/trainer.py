@@ -169,7 +169,7 @@ class Trainer:
 
     def _scan(self, folder: Path, readers: Readers) -> tuple[list[Sample], Report]:
         s = self.settings
-        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.jsonl"
+        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.json"
         samples = recall(last) if s.trust_cache else None
         if samples is not None:
             logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
