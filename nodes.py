@@ -1,63 +1,58 @@
-"""The nodes by id. Saved workflows name these ids, so an id stays for ever."""
+"""The nodes by id. Saved workflows name these ids, so an id stays for ever.
+
+Classes are imported when they are first used; see `diffusion_nodes.deferred`.
+"""
 
 from __future__ import annotations
 
-from .diffusion_nodes.config import (
-    AdapterConfigNode,
-    AdvancedTrainConfig,
-    GeneralConfig,
-    ModelConfig,
-    OptimizerConfigNode,
-)
-from .diffusion_nodes.dataset import ArBucketsNode, FrameBucketsNode, GeneralDatasetConfig, GeneralDatasetPathNode
-from .diffusion_nodes.dataset_preview import DatasetPreview
-from .diffusion_nodes.image_set_nodes import (
-    LoadCaptionedImageSetNode,
-    LoadImageSetFromFolderNode,
-    LoadImageSetNode,
-)
-from .diffusion_nodes.lora_nodes import LoadTrainedLoRANode, SaveTrainedLoRANode, TrainLoRANode
-from .diffusion_nodes.loss_plot import PlotTrainingLossNode
-from .diffusion_nodes.model import model_nodes
-from .diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
-from .diffusion_nodes.train import Train
+from importlib.util import find_spec
+from typing import Any
+
+from .diffusion_nodes.deferred import deferred
+from .diffusion_nodes.model_contracts import contracts
+
+if missing := [name for name in ("pydantic", "tomli_w", "psutil") if find_spec(name) is None]:
+    raise ImportError(f"{', '.join(missing)} is not installed; run: python -m pip install -r requirements.txt")
+
+MODULES = {
+    "dataset": (
+        "GeneralDatasetConfig", "GeneralDatasetPathNode", "EditModelDatasetPathNode", "MultiImageEditDatasetPathNode",
+        "MaskDatasetPathNode", "FrameBucketsNode", "ArBucketsNode", "AddDatasetFolderNode", "EvalDatasetConfig"),
+    "dataset_preview": ("DatasetPreview",),
+    "model": tuple(contracts()),
+    "config": (
+        "GeneralConfig", "AdvancedTrainConfig", "ModelConfig", "AdapterConfigNode", "OptimizerConfigNode",
+        "TrainingSamplerConfig"),
+    "train": ("Train",),
+    "monitor": ("TensorBoardMonitor", "OutputDirPassthrough"),
+    "image_set_nodes": ("LoadImageSetNode", "LoadImageSetFromFolderNode", "LoadCaptionedImageSetNode"),
+    "lora_nodes": ("TrainLoRANode", "SaveTrainedLoRANode", "LoadTrainedLoRANode"),
+    "loss_plot": ("PlotTrainingLossNode",),
+}  # fmt: skip
+"""The ids by the module that holds the class of that name."""
 
 NODE_CLASS_MAPPINGS: dict[str, type] = {
-    "GeneralDatasetConfig": GeneralDatasetConfig,
-    "GeneralDatasetPathNode": GeneralDatasetPathNode,
-    "FrameBucketsNode": FrameBucketsNode,
-    "ArBucketsNode": ArBucketsNode,
-    "DatasetPreview": DatasetPreview,
-    **model_nodes(),
-    "GeneralConfig": GeneralConfig,
-    "AdvancedTrainConfig": AdvancedTrainConfig,
-    "ModelConfig": ModelConfig,
-    "AdapterConfigNode": AdapterConfigNode,
-    "OptimizerConfigNode": OptimizerConfigNode,
-    "Train": Train,
-    "TensorBoardMonitor": TensorBoardMonitor,
-    "OutputDirPassthrough": OutputDirPassthrough,
-    "LoadImageSetNode": LoadImageSetNode,
-    "LoadImageSetFromFolderNode": LoadImageSetFromFolderNode,
-    "LoadCaptionedImageSetNode": LoadCaptionedImageSetNode,
-    "TrainLoRANode": TrainLoRANode,
-    "SaveTrainedLoRANode": SaveTrainedLoRANode,
-    "LoadTrainedLoRANode": LoadTrainedLoRANode,
-    "PlotTrainingLossNode": PlotTrainingLossNode,
+    name: deferred(module, name) for module, names in MODULES.items() for name in names
 }
 
 NODE_DISPLAY_NAME_MAPPINGS = {
     "GeneralDatasetConfig": "General Dataset Config",
     "GeneralDatasetPathNode": "General Dataset Path",
+    "EditModelDatasetPathNode": "Edit Model Dataset Path",
+    "MultiImageEditDatasetPathNode": "Multi Image Edit Dataset Path",
+    "MaskDatasetPathNode": "Mask Dataset Path",
     "FrameBucketsNode": "Frame Buckets",
     "ArBucketsNode": "Aspect Ratio Buckets",
+    "AddDatasetFolderNode": "Add Dataset Folder",
+    "EvalDatasetConfig": "Evaluation Dataset Config",
     "DatasetPreview": "Dataset Preview",
-    "FluxModelNode": "Flux Model",
+    **{name: contract.title for name, contract in contracts().items()},
     "GeneralConfig": "General Training Config",
     "AdvancedTrainConfig": "Advanced Training Config",
     "ModelConfig": "Model Config",
     "AdapterConfigNode": "Adapter Config",
     "OptimizerConfigNode": "Optimizer Config",
+    "TrainingSamplerConfig": "Training Sampler Config",
     "Train": "Start Training",
     "TensorBoardMonitor": "TensorBoard Monitor",
     "OutputDirPassthrough": "Output Directory Passthrough",
@@ -69,3 +64,10 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "LoadTrainedLoRANode": "Load Trained LoRA",
     "PlotTrainingLossNode": "Plot Training Loss",
 }
+
+
+def adopt_prompt(prompt: dict[str, Any]) -> None:
+    """Turns what earlier versions of our nodes saved in a prompt into today's, in place."""
+    from .diffusion_nodes import saved_workflows
+
+    saved_workflows.adopt_prompt(prompt, NODE_CLASS_MAPPINGS)

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "diffusion_trainer"
+
+SWITCHES = {
+    "regenerate_cache": "encode this dataset again",
+    "trust_cache": "take the dataset as it was found last time",
+    "cache_only": "fill the cache and stop",
+    "reset_dataloader": "when resuming, begin the epoch again",
+    "reset_optimizer": "when resuming, take the weights alone",
+    "reset_optimizer_params": "when resuming, take weight_decay, betas and so on from --config",
+    "i_know_what_i_am_doing": "accepted; sizes and numbers of resolutions are not limited here",
+}
+"""Flags that switch on the setting of the same name."""
 
 logger = logging.getLogger(f"{PACKAGE}.train")
 
@@ -55,9 +67,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="go on from the newest run, or from the run folder of this name below output_dir",
     )
-    parser.add_argument("--regenerate_cache", action="store_true", help="encode this dataset again")
-    parser.add_argument("--trust_cache", action="store_true", help="take the dataset as it was found last time")
-    parser.add_argument("--cache_only", action="store_true", help="fill the cache and stop")
+    for flag, text in SWITCHES.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    parser.add_argument("--dump_dataset", metavar="DIR", help="write samples as the model will see them, and stop")
+    parser.add_argument("--master_port", type=int, help="port that the processes meet at")
     parser.add_argument(
         "--prune_cache",
         nargs="?",
@@ -69,6 +82,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run_dir", type=Path, help="use this run folder instead of a new one in output_dir")
     parser.add_argument("--local_rank", type=int, default=-1, help="given by the launcher")
     parser.add_argument("--deepspeed", action="store_true", help="accepted, as the launcher's examples pass it")
+    parser.add_argument("--deepspeed_config", help="accepted; DeepSpeed's settings follow from --config")
     return parser.parse_args(argv)
 
 
@@ -86,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             print(tomli_w.dumps(as_toml(settings)))
             if dataset is not None:
                 print(f"# dataset\n{tomli_w.dumps(as_toml(dataset))}")
+            _warn_if_not_implemented(settings)
             return 0
         if arguments.prune_cache is not None:
             return prune_cache(settings, arguments.prune_cache)
@@ -101,7 +116,9 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
     """Settings of the run; the dataset's are None with --check_config when its file is not there."""
     settings_module, config = _module("utils.settings"), _module("utils.config")
     settings = settings_module.load_train_settings(arguments.config)
-    flags = {name: True for name in ("regenerate_cache", "trust_cache", "cache_only") if getattr(arguments, name)}
+    flags: dict[str, Any] = {name: True for name in SWITCHES if getattr(arguments, name)}
+    if arguments.dump_dataset:
+        flags["dump_dataset"] = arguments.dump_dataset
     settings = settings.model_copy(update=flags)
     named = arguments.dataset or settings.dataset
     path = Path(named).expanduser() if named else arguments.config.parent / "dataset.toml"
@@ -111,6 +128,14 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
         return settings, settings_module.parse_dataset_settings(config.read_toml(path))
     except config.SettingsError as error:
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
+
+
+def _warn_if_not_implemented(settings: TrainSettings) -> None:
+    """The settings of such a family can be right, but not be trained with."""
+    try:
+        _module("models").family_named(settings.model.type)
+    except _module("utils.config").SettingsError as error:
+        print(f"the settings are right, but cannot be trained with: {error}", file=sys.stderr)
 
 
 def prune_cache(settings: TrainSettings, days: float) -> int:
@@ -123,6 +148,10 @@ def prune_cache(settings: TrainSettings, days: float) -> int:
 
 def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
     """Joins the other processes and trains."""
+    if arguments.deepspeed_config:
+        logger.warning("--deepspeed_config: not used; DeepSpeed's settings follow from --config")
+    if arguments.master_port:
+        os.environ["MASTER_PORT"] = str(arguments.master_port)
     trainer = _module("utils.trainer")
     world: World = _module("utils.world").join_world()
     _log_to_stderr(world.rank)
@@ -155,6 +184,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
     except Exception:
         logger.exception("training failed")
         return 1
+    world.leave()
     return 0
 
 

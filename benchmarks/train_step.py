@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,43 +35,48 @@ def load_package() -> None:
     entry.load_package()
 
 
-def random_denoiser(device: Any, small: bool) -> Any:
-    """FLUX.1-dev with random weights, made on ``device``."""
+def random_weights(denoiser: Any, device: Any) -> Callable[[str], Any]:
+    """Values for the parameters of a network without values, made on ``device`` when they are asked for."""
     import torch
-    from accelerate import init_empty_weights
-    from diffusers import FluxTransformer2DModel
 
-    shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if small else {}
-    with init_empty_weights():
-        model = FluxTransformer2DModel(guidance_embeds=True, **shape).to(torch.bfloat16)
-    model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and parameter.ndim == 1 and name.endswith("weight"):
-            torch.nn.init.ones_(parameter)
-        else:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
+
+    def read(name: str) -> torch.Tensor:
+        if "norm" in name and len(shapes[name]) == 1 and name.endswith("weight"):
+            return torch.ones(shapes[name], device=device, dtype=torch.bfloat16)
+        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
+
+    return read
 
 
 def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
     """A trainer whose model and data are random."""
     import torch
+    from diffusers import FluxTransformer2DModel
     from diffusion_trainer.models.flux import Flux
     from diffusion_trainer.utils.buckets import Bucket
     from diffusion_trainer.utils.cache import Encoded
     from diffusion_trainer.utils.dataset import Sample
     from diffusion_trainer.utils.index import Media
     from diffusion_trainer.utils.media import Properties, Source
+    from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
+    from diffusion_trainer.utils.weights import build
     from diffusion_trainer.utils.world import join_world
+
+    world = join_world()
 
     class RandomFlux(Flux):
         def check_files(self) -> None: ...
 
-        def load_denoiser(self, device: torch.device) -> Any:
-            return random_denoiser(device, arguments.small)
+        def build_denoiser(self) -> Any:
+            shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if arguments.small else {}
+            return build(lambda: FluxTransformer2DModel(guidance_embeds=True, **shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), world.device)
 
     class RandomCache:
         samples: ClassVar = [
@@ -91,16 +97,13 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     class Benchmark(Trainer):
         profiler: Any = None
 
-        def _prepare_data(self) -> Any:
-            return RandomCache()
-
         def _build(self) -> Any:
-            engine, trained = super()._build()
+            engine, trained, live = super()._build()
             if self.profiler:
                 self.profiler.start()
                 run = engine.train_batch
                 engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
-            return engine, trained
+            return engine, trained, live
 
     values = {
         "output_dir": str(folder),
@@ -119,8 +122,9 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
     run = RunFolder.create(folder)
     prepare_folder(settings, dataset, run)
-    trainer = Benchmark(settings, dataset, join_world(), run)
+    trainer = Benchmark(settings, dataset, world, run)
     trainer.family = RandomFlux(settings.model)
+    trainer.preparation.run = lambda: Data(RandomCache(), {}, {}, [])
     if arguments.profile:
         trainer.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)

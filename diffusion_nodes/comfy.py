@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,13 @@ def runs_directory() -> Path:
     return output_directory() / "training"
 
 
-def resolve(text: str) -> str:
+def resolve(text: str, kind: str | None = None) -> str:
     """What was typed as an absolute path; what it names need not exist.
 
-    A relative path is looked for in ComfyUI's folder, in its input, output and models folders and in the
-    working directory. One that is nowhere lies in ComfyUI's folder. A path that begins with ``input``,
-    ``output`` or ``models`` means that folder, wherever ComfyUI was told to have it.
+    The name of a model of ``kind``, as `model_names` has it, means that one. Any other relative path is
+    looked for in ComfyUI's folder, in its input, output and models folders and in the working directory.
+    One that is nowhere lies in ComfyUI's folder. A path that begins with ``input``, ``output`` or ``models``
+    means that folder, wherever ComfyUI was told to have it.
     """
     path = Path(local_path(text))
     if path.is_absolute():
@@ -94,6 +96,8 @@ def resolve(text: str) -> str:
     own = path.parts and path.parts[0] in named
     default = named[path.parts[0]]().joinpath(*path.parts[1:]) if own else base_directory() / path
     candidates = [default, *(place / path for place in (*places, Path.cwd()))]
+    if kind and not own:
+        candidates = [*(folder / path for folder in model_folders(kind)), *candidates]
     return str(next((candidate for candidate in candidates if candidate.exists()), default).absolute())
 
 
@@ -120,6 +124,15 @@ def model_files(kind: str) -> list[str]:
     return sorted(str(path.relative_to(folder)) for folder, path in found if path.suffix in _MODEL_FILES)
 
 
+def model_names(kind: str | None) -> list[str]:
+    """What can be typed for a model of this kind: `model_files`, and folders in diffusers layout."""
+    if not kind:
+        return []
+    folders = [path.parent for folder in model_folders(kind) if folder.is_dir()
+               for path in folder.glob("*/model_index.json")]  # fmt: skip
+    return sorted({folder.name for folder in folders} | set(model_files(kind)))
+
+
 def model_path(kind: str, name: str) -> Path | None:
     """The file that `model_files` calls ``name``; None if it is gone."""
     for folder in model_folders(kind):
@@ -127,6 +140,20 @@ def model_path(kind: str, name: str) -> Path | None:
         if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
             return path
     return None
+
+
+def before_prompts(change: Callable[[dict[str, Any]], None]) -> None:
+    """Lets ``change`` alter each prompt that is sent, before ComfyUI checks it."""
+    server = _module("server").PromptServer.instance if "server" in sys.modules else None
+    if server is None:
+        return
+
+    def handle(data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data.get("prompt"), dict):
+            change(data["prompt"])
+        return data
+
+    server.add_on_prompt_handler(handle)
 
 
 # -- what a node tells and asks while it runs ------------------------------------------------------------

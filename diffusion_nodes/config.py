@@ -12,19 +12,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from ..models import families
+from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
-from ..utils.settings import Lora, Optimizer, TrainSettings, parse_dataset_settings, parse_train_settings
+from ..utils.settings import Lora, Optimizer, Sampling, TrainSettings, parse_dataset_settings, parse_train_settings
+from . import comfy
 from .files import copy_path, output_folder, write_copy
 from .schema import SettingsNode, Socket, Widget, widget, widgets
 
 logger = logging.getLogger(__name__)
 
 CATEGORY = "Diffusion-Pipe/Config"
-
-EARLIER_BLOCKS_TO_SWAP = 20
-"""The earlier package's default: in nearly every saved workflow, asked for by hardly anyone."""
 
 OPTIMIZER_TAKES = {
     "adamw": ("lr", "betas", "weight_decay", "eps"),
@@ -38,6 +36,10 @@ OPTIMIZER_TAKES = {
     "sgd": ("lr", "weight_decay"),
 }
 """The optimizers on offer and which of the inputs each of them knows."""
+
+
+DISTILLED = ("flux", "flux2", "hunyuan-video")
+"""Families whose pipeline takes the built-in guidance, not that of a negative prompt."""
 
 
 class AdapterChoice(Table):
@@ -63,6 +65,14 @@ class Betas(Table):
 
     beta1: float = option(0.9, "Decay of the running average of the gradient.", ge=0, lt=1, step=0.0001)
     beta2: float = option(0.99, "Decay of the running average of the squared gradient.", ge=0, lt=1, step=0.0001)
+
+
+class DistilledGuidance(Table):
+    """The second guidance of the earlier package's sampler node."""
+
+    guidance_value: float | None = option(
+        None, "Guidance for models that have it built in, such as Flux dev. Left out: guidance_scale.", ge=0, le=100,
+        step=0.1)  # fmt: skip
 
 
 class TrainCopy(Table):
@@ -91,10 +101,7 @@ class ModelConfig(SettingsNode):
     def generate_model_config(self, model_path: Any, **values: Any) -> tuple[dict[str, Any]]:
         """The [model] table, checked against the options of its family."""
         table = {**_table("model_path", model_path), **self.read(values)}
-        family = families().get(str(table.get("type")))
-        if family is None:
-            raise SettingsError(f"model.type: '{table.get('type')}' is unknown; known are {', '.join(families())}")
-        validate(family.Config, table, "model")
+        validate(family_named(table.get("type")).Config, table, "model")
         return (table,)
 
 
@@ -186,6 +193,36 @@ class AdvancedTrainConfig(SettingsNode):
         return cls.check(partition_split=partition_split)
 
 
+class TrainingSamplerConfig(SettingsNode):
+    """Pictures or videos that are made while training, to see how it goes. Without a prompt there are none."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "generate_sampler_config"
+    RETURN_TYPES = ("SAMPLER_CONFIG",)
+    RETURN_NAMES = ("sampler_config",)
+    OUTPUT_TOOLTIPS = ("What to make and when, for General Training Config.",)
+    OPTIONAL: ClassVar = {
+        "sample_every_n_steps": widget(Sampling, "every_n_steps", prefix="sample"),
+        "sample_every_n_epochs": widget(Sampling, "every_n_epochs", prefix="sample", default=1),
+        "num_inference_steps": widget(Sampling, "steps", prefix="sample"),
+        "guidance_scale": widget(Sampling, "guidance", prefix="sample"),
+        "guidance_value": widget(DistilledGuidance, "guidance_value", prefix="sample"),
+        **widgets(Sampling, "height", "width", prefix="sample"),
+        "sample_prompt": widget(Sampling, "prompts", prefix="sample", default="", off=""),
+        **widgets(Sampling, "negative_prompt", "images", "frames", "before_first_step", "true_cfg", prefix="sample"),
+        "sample_seed": widget(Sampling, "seed", prefix="sample"),
+    }  # fmt: skip
+
+    def generate_sampler_config(self, **values: Any) -> tuple[dict[str, Any]]:
+        """The [sample] table, and guidance_value; empty without a prompt."""
+        settings = self.read(values)
+        if not settings.get("prompts"):
+            return ({},)
+        settings["images"] = [comfy.resolve(path) for path in settings.get("images", [])]
+        validate(Sampling, {key: value for key, value in settings.items() if key != "guidance_value"}, "sample")
+        return (settings,)
+
+
 class GeneralConfig(SettingsNode):
     """All settings of a training: joins model, adapter, optimizer and the settings here."""
 
@@ -239,27 +276,32 @@ class GeneralConfig(SettingsNode):
         "save_every_n_epochs": widget(TrainSettings, "save_every_n_epochs", default=1),
         "checkpoint_every_n_minutes": widget(TrainSettings, "checkpoint_every_n_minutes", default=120),
         **widgets(TrainSettings, "caching_batch_size", "disable_block_swap_for_eval", "video_clip_mode"),
-        "eval_datasets": widget(TrainSettings, "eval_datasets", off="", note="TOML files, one per line."),
+        "eval_datasets": widget(TrainSettings, "eval_datasets", off="", note="Here files, one per line."),
         "training_seed": widget(TrainSettings, "seed"),
+        "eval_dataset_config": Socket(
+            "EVAL_DATASET_CONFIG", "Datasets whose loss is measured, from Evaluation Dataset Config."),
+        "sampler_config": Socket("SAMPLER_CONFIG", "Pictures while training, from Training Sampler Config."),
     }  # fmt: skip
 
     def generate_settings(
         self, optimizer_config: Any, model_config: Any, dataset_config: Any, adapter_config: Any = None,
-        advanced_config: Any = None, **values: Any,
+        advanced_config: Any = None, eval_dataset_config: Any = None, sampler_config: Any = None, **values: Any,
     ) -> tuple[dict[str, Any], str, str]:  # fmt: skip
         """The tables of a train.toml without its ``dataset``, the folder of runs and the copy's path."""
         settings = self.read(values)
-        if settings.get("blocks_to_swap") == EARLIER_BLOCKS_TO_SWAP:
-            logger.warning(
-                "blocks_to_swap: blocks cannot be swapped yet; training goes on without, and needs more memory"
-            )
-            settings["blocks_to_swap"] = 0
         copy = settings.pop("config_save_path", "")
         settings["output_dir"] = output_folder(settings["output_dir"])
         settings |= _table("advanced_config", advanced_config or {})
         settings["model"] = _table("model_config", model_config)
         settings["optimizer"] = _table("optimizer_config", optimizer_config)
         settings |= _table("adapter_config", adapter_config or {})
+        files = [{**entry, "config": comfy.resolve(entry["config"])} for entry in settings.get("eval_datasets", [])]
+        settings["eval_datasets"] = [*files, *(eval_dataset_config or [])]
+        if sampler_config:
+            settings["sample"] = sample = _table("sampler_config", sampler_config)
+            distilled = sample.pop("guidance_value", None)
+            if distilled is not None and settings["model"].get("type") in DISTILLED:
+                sample["guidance"] = distilled
         parse_train_settings(settings)
         parse_dataset_settings(_table("dataset_config", dataset_config))
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)

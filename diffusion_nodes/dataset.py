@@ -7,16 +7,21 @@ folder's own copy).
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.config import SettingsError, Table, option
-from ..utils.settings import DatasetSettings, Directory, parse_dataset_settings
+from ..utils.settings import DatasetSettings, Directory, EvalDataset, parse_dataset_settings
 from . import comfy
 from .files import copy_path, write_copy
-from .schema import SettingsNode, Socket, widget, widgets
+from .schema import AUTO, SettingsNode, Socket, widget, widgets
 
 logger = logging.getLogger(__name__)
+
+CATEGORY = "Diffusion-Pipe/dataset"
+AS_THE_DATASET = "Empty: as the dataset."
 
 
 class DatasetCopy(Table):
@@ -29,10 +34,21 @@ class DatasetCopy(Table):
     )
 
 
+class Folders(Table):
+    """The folders of an edit dataset."""
+
+    path: str = option(..., "Folder of the pictures as they should become; their captions say what is done.")
+    control_paths: list[str] | None = option(
+        None,
+        "Folders of the pictures to start from, one per line; the one of a.png is called a in each.",
+        multiline=True,
+    )
+
+
 class GeneralDatasetPathNode(SettingsNode):
     """A folder of pictures to train on. The caption of a.png is the text in a.txt beside it."""
 
-    CATEGORY = "Diffusion-Pipe/dataset"
+    CATEGORY = CATEGORY
     FUNCTION = "get_dataset_path"
     RETURN_TYPES = ("input_path",)
     RETURN_NAMES = ("input_path",)
@@ -54,10 +70,82 @@ class GeneralDatasetPathNode(SettingsNode):
             return str(error)
 
 
+class EditModelDatasetPathNode(SettingsNode):
+    """Two folders for edit models: pictures as they should become, and pictures to start from, of the same names.
+
+    A folder with edit_instructions.jsonl, source_images and target_images holds both; leave control_path empty then.
+    """
+
+    CATEGORY = CATEGORY
+    FUNCTION = "get_edit_dataset_paths"
+    RETURN_TYPES = ("input_path",)
+    RETURN_NAMES = ("input_path",)
+    OUTPUT_TOOLTIPS = ("The folders, for General Dataset Config.",)
+    REQUIRED: ClassVar = {
+        "target_path": widget(Folders, "path", default=""),
+        "control_path": widget(Directory, "control_path"),
+    }
+
+    def get_edit_dataset_paths(self, target_path: str, control_path: str = "") -> tuple[dict[str, Any]]:
+        """The folders, as part of a [[directory]]."""
+        return (_folders(target_path=target_path, control_path=control_path),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, target_path: str | None = None, control_path: str | None = None) -> bool | str:
+        """Refuses missing folders before anything runs."""
+        return _checked(target_path=target_path, control_path=control_path)
+
+
+class MultiImageEditDatasetPathNode(SettingsNode):
+    """Folders for edit models that start from several pictures: what should become, and one folder for each start."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "get_multi_edit_dataset_paths"
+    RETURN_TYPES = ("input_path",)
+    RETURN_NAMES = ("input_path",)
+    OUTPUT_TOOLTIPS = ("The folders, for General Dataset Config.",)
+    REQUIRED: ClassVar = {
+        "target_path": widget(Folders, "path", default=""),
+        "control_paths": widget(Folders, "control_paths"),
+    }
+
+    def get_multi_edit_dataset_paths(self, target_path: str, control_paths: str = "") -> tuple[dict[str, Any]]:
+        """The folders, as part of a [[directory]]."""
+        return (_folders(target_path=target_path, control_paths=control_paths),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, target_path: str | None = None, control_paths: str | None = None) -> bool | str:
+        """Refuses missing folders before anything runs."""
+        return _checked(target_path=target_path, control_paths=control_paths)
+
+
+class MaskDatasetPathNode(SettingsNode):
+    """A folder of pictures and one of masks of the same names, which say what of each is trained."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "get_mask_dataset_paths"
+    RETURN_TYPES = ("input_path",)
+    RETURN_NAMES = ("input_path",)
+    OUTPUT_TOOLTIPS = ("The folders, for General Dataset Config.",)
+    REQUIRED: ClassVar = {
+        "dataset_path": widget(Directory, "path", default=""),
+        "mask_path": widget(Directory, "mask_path"),
+    }
+
+    def get_mask_dataset_paths(self, dataset_path: str, mask_path: str = "") -> tuple[dict[str, Any]]:
+        """The folders, as part of a [[directory]]."""
+        return (_folders(dataset_path=dataset_path, mask_path=mask_path),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, dataset_path: str | None = None, mask_path: str | None = None) -> bool | str:
+        """Refuses missing folders before anything runs."""
+        return _checked(dataset_path=dataset_path, mask_path=mask_path)
+
+
 class FrameBucketsNode(SettingsNode):
     """Lengths in frames that videos are cut to. Pictures have 1 frame."""
 
-    CATEGORY = "Diffusion-Pipe/dataset"
+    CATEGORY = CATEGORY
     FUNCTION = "process_frame_buckets"
     RETURN_TYPES = ("frame_buckets",)
     RETURN_NAMES = ("frame_buckets",)
@@ -77,7 +165,7 @@ class FrameBucketsNode(SettingsNode):
 class ArBucketsNode(SettingsNode):
     """The shapes that pictures are sorted into: ratios of width to height, or [width, height] pairs."""
 
-    CATEGORY = "Diffusion-Pipe/dataset"
+    CATEGORY = CATEGORY
     FUNCTION = "process_ar_buckets"
     RETURN_TYPES = ("ar_buckets",)
     RETURN_NAMES = ("ar_buckets",)
@@ -94,14 +182,11 @@ class ArBucketsNode(SettingsNode):
         return cls.check(ar_buckets=ar_buckets)
 
 
-class GeneralDatasetConfig(SettingsNode):
-    """How the pictures of a folder are sized, sorted by shape and repeated."""
+class _DatasetConfig(SettingsNode):
+    """What the nodes that make a dataset of a folder share."""
 
-    CATEGORY = "Diffusion-Pipe/dataset"
+    CATEGORY = CATEGORY
     FUNCTION = "generate_config"
-    RETURN_TYPES = ("DATASET_CONFIG",)
-    RETURN_NAMES = ("dataset_config",)
-    OUTPUT_TOOLTIPS = ("The dataset, for General Training Config and Start Training.",)
     REQUIRED: ClassVar = {
         "input_path": Socket("input_path", "The folder, from a dataset path node."),
         "resolutions": widget(
@@ -112,24 +197,19 @@ class GeneralDatasetConfig(SettingsNode):
         ),
         **widgets(DatasetSettings, "enable_ar_bucket", "min_ar", "max_ar", "num_ar_buckets"),
         "num_repeats": widget(Directory, "num_repeats", kind="INT"),
-        "output_path": widget(DatasetCopy, "output_path", written=True),
     }
     OPTIONAL: ClassVar = {
         "frame_buckets": Socket(
             "frame_buckets", "Lengths of videos, from Frame Buckets. Not connected: pictures only."
         ),
         "ar_buckets": Socket("ar_buckets", "The shapes themselves, from Aspect Ratio Buckets, instead of the range."),
-        **widgets(DatasetSettings, "caption_prefix", "skip_empty_caption"),
     }
 
-    def generate_config(self, input_path: Any, frame_buckets: list[int] | None = None,
-                        ar_buckets: list[Any] | None = None, **values: Any) -> tuple[dict[str, Any]]:  # fmt: skip
-        """The tables of a dataset.toml."""
+    def tables(self, input_path: Any, frame_buckets: Any, ar_buckets: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The checked tables of a dataset.toml."""
         settings = self.read(values)
-        copy = settings.pop("output_path", "")
-        if not isinstance(input_path, str):
-            raise SettingsError(f"input_path: must be a folder's path, got {input_path!r}")
-        directory = {"path": comfy.resolve(input_path), "num_repeats": settings.pop("num_repeats")}
+        settings.pop("output_path", None)
+        directory = {**_directory(input_path), "num_repeats": settings.pop("num_repeats")}
         settings["resolutions"] = as_sizes(settings["resolutions"])
         if not settings["enable_ar_bucket"]:
             settings = {
@@ -140,7 +220,29 @@ class GeneralDatasetConfig(SettingsNode):
                 settings[key] = value
         settings["directory"] = [directory]
         parse_dataset_settings(settings)
-        write_copy("output_path", copy, settings)
+        return settings
+
+
+class GeneralDatasetConfig(_DatasetConfig):
+    """How the pictures of a folder are sized, sorted by shape and repeated."""
+
+    RETURN_TYPES = ("DATASET_CONFIG",)
+    RETURN_NAMES = ("dataset_config",)
+    OUTPUT_TOOLTIPS = ("The dataset, for General Training Config and Start Training.",)
+    REQUIRED: ClassVar = {
+        **_DatasetConfig.REQUIRED,
+        "output_path": widget(DatasetCopy, "output_path", written=True),
+    }
+    OPTIONAL: ClassVar = {
+        **_DatasetConfig.OPTIONAL,
+        **widgets(DatasetSettings, "caption_prefix", "skip_empty_caption"),
+    }
+
+    def generate_config(self, input_path: Any, frame_buckets: list[int] | None = None,
+                        ar_buckets: list[Any] | None = None, **values: Any) -> tuple[dict[str, Any]]:  # fmt: skip
+        """The tables of a dataset.toml."""
+        settings = self.tables(input_path, frame_buckets, ar_buckets, values)
+        write_copy("output_path", str(values.get("output_path") or ""), settings)
         return (settings,)
 
     @classmethod
@@ -154,6 +256,82 @@ class GeneralDatasetConfig(SettingsNode):
         return cls.check(resolutions=resolutions)
 
 
+class EvalDatasetConfig(_DatasetConfig):
+    """A dataset that is not trained: its loss is measured while training, to see what the model has learnt."""
+
+    RETURN_TYPES = ("EVAL_DATASET_CONFIG",)
+    RETURN_NAMES = ("eval_dataset_config",)
+    OUTPUT_TOOLTIPS = ("The dataset, for General Training Config.",)
+    OPTIONAL: ClassVar = {
+        **_DatasetConfig.OPTIONAL,
+        "name": widget(EvalDataset, "name", default="validation_set"),
+        "others": Socket("EVAL_DATASET_CONFIG", "Further evaluation datasets, from another of these nodes."),
+    }
+
+    def generate_config(
+        self, input_path: Any, frame_buckets: list[int] | None = None, ar_buckets: list[Any] | None = None,
+        name: str = "validation_set", others: list[dict[str, Any]] | None = None, **values: Any,
+    ) -> tuple[list[dict[str, Any]]]:  # fmt: skip
+        """Entries of eval_datasets with the tables themselves."""
+        tables = self.tables(input_path, frame_buckets, ar_buckets, values)
+        if any(entry["name"] == name for entry in others or []):
+            raise SettingsError(f"name: '{name}' is the name of another evaluation dataset; choose another")
+        return ([*(others or []), {"name": name, "config": tables}],)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, resolutions: str | None = None) -> bool | str:
+        """Refuses sizes that are no list."""
+        return cls.check(resolutions=resolutions)
+
+
+class AddDatasetFolderNode(SettingsNode):
+    """A further folder for a dataset, with settings of its own; put several in a row for several folders."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "add_folder"
+    RETURN_TYPES = ("DATASET_CONFIG",)
+    RETURN_NAMES = ("dataset_config",)
+    OUTPUT_TOOLTIPS = ("The dataset with this folder, for General Training Config and Start Training.",)
+    REQUIRED: ClassVar = {
+        "dataset_config": Socket(
+            "DATASET_CONFIG", "The dataset so far: from General Dataset Config or a node like this."
+        ),
+        "input_path": Socket("input_path", "The folder, from a dataset path node."),
+        "num_repeats": widget(Directory, "num_repeats"),
+        "resolutions": widget(Directory, "resolutions", default="", off="", note=AS_THE_DATASET),
+    }
+    OPTIONAL: ClassVar = {
+        "frame_buckets": Socket("frame_buckets", "Lengths of this folder's videos. Not connected: as the dataset."),
+        "ar_buckets": Socket("ar_buckets", "Shapes of this folder's pictures. Not connected: as the dataset."),
+        **{key: widget(Directory, key, default="", off="", note=AS_THE_DATASET)
+           for key in ("caption_prefix", "trigger_word")},
+        **{key: widget(Directory, key, choices=("true", "false"), default=AUTO, off=AUTO, note="auto: as the dataset.")
+           for key in ("enable_ar_bucket", "skip_empty_caption", "shuffle_tags", "horizontal_flip", "recursive")},
+        **{key: widget(Directory, key, default=-1, off=-1, note="-1: as the dataset.")
+           for key in ("keep_tokens", "tag_dropout", "caption_dropout")},
+    }  # fmt: skip
+
+    def add_folder(self, dataset_config: Any, input_path: Any, frame_buckets: list[int] | None = None,
+                   ar_buckets: list[Any] | None = None, **values: Any) -> tuple[dict[str, Any]]:  # fmt: skip
+        """The tables of a dataset.toml with one more [[directory]]."""
+        if not isinstance(dataset_config, Mapping) or "directory" not in dataset_config:
+            raise SettingsError("dataset_config: must come from a dataset node of this package")
+        directory = {**_directory(input_path), **self.read(values)}
+        if "resolutions" in directory:
+            directory["resolutions"] = as_sizes(directory["resolutions"])
+        for key, value in (("frame_buckets", frame_buckets), ("ar_buckets", ar_buckets)):
+            if value is not None:
+                directory[key] = value
+        tables = {**dataset_config, "directory": [*dataset_config["directory"], directory]}
+        parse_dataset_settings(tables)
+        return (tables,)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, resolutions: str | None = None) -> bool | str:
+        """Refuses sizes that are no list."""
+        return cls.check(resolutions=resolutions)
+
+
 def as_sizes(resolutions: list[Any]) -> list[Any]:
     """What was typed as sizes in the unambiguous TOML form: a lone pair of numbers is one width and height."""
     if len(resolutions) == 2 and not any(isinstance(entry, list) for entry in resolutions):
@@ -162,10 +340,43 @@ def as_sizes(resolutions: list[Any]) -> list[Any]:
     return resolutions
 
 
-def _folder(text: str) -> str:
+def _folder(text: str, name: str = "dataset_path") -> str:
     if not text.strip():
-        raise SettingsError("dataset_path: required, but empty; give the folder of your pictures")
+        raise SettingsError(f"{name}: required, but empty; give the folder of your pictures")
     path = comfy.resolve(text.strip())
     if not Path(path).is_dir():
-        raise SettingsError(f"dataset_path: '{path}' is not a folder; give the folder of your pictures")
+        raise SettingsError(f"{name}: '{path}' is not a folder; give the folder of your pictures")
     return path
+
+
+def _folders(**typed: str) -> dict[str, Any]:
+    """Typed folders by input name as part of a [[directory]]."""
+    found: dict[str, Any] = {}
+    for name, text in typed.items():
+        if name == "control_paths":
+            lines = [line.strip() for line in re.split(r"[\n;]", text or "") if line.strip()]
+            if lines:
+                found[name] = [_folder(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+        elif name in ("target_path", "dataset_path"):
+            found["path"] = _folder(text, name)
+        elif (text or "").strip():
+            found[name] = _folder(text, name)
+    return found
+
+
+def _checked(**typed: str | None) -> bool | str:
+    """What VALIDATE_INPUTS answers; linked inputs are None."""
+    try:
+        _folders(**{name: text for name, text in typed.items() if text is not None})
+    except SettingsError as error:
+        return str(error)
+    return True
+
+
+def _directory(input_path: Any) -> dict[str, Any]:
+    """What a path node gave, as a [[directory]]: a folder, or several with their meaning."""
+    if isinstance(input_path, str):
+        return {"path": comfy.resolve(input_path)}
+    if isinstance(input_path, Mapping) and "path" in input_path:
+        return dict(input_path)
+    raise SettingsError(f"input_path: must be a folder's path, got {input_path!r}")

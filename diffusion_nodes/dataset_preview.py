@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any, ClassVar
 
-from ..models import families
-from ..utils.config import SettingsError
+from ..models import family_named
 from ..utils.settings import parse_dataset_settings
 from . import comfy
 
@@ -73,9 +72,7 @@ class DatasetPreview:
 
         train = train_config or {}
         kind = (train.get("model") or {}).get("type", self.DEFAULT_FAMILY)
-        if kind not in families():
-            raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
-        family = families()[kind]
+        family = family_named(kind)
         settings, clip_mode = parse_dataset_settings(dataset_config), train.get("video_clip_mode", "none")
         with (
             Readers(usual_count()) as readers,

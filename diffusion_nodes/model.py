@@ -1,41 +1,34 @@
-"""One node per model family, made from the family's options.
+"""One node per model family, made from the family's options; what is fixed of each is in `model_contracts`.
 
-`NODES` holds what saved workflows rely on: the id, the function and which inputs come first. All
-further options of the family follow by themselves, so a new option or family needs nothing here but,
-for a family, its line.
-
-Changed against the earlier package: ``FluxModelNode`` takes single files for every part.
+Changed against the earlier package: ``FluxModelNode`` takes single files for every part; the first frame
+of LTX-Video is not conditioned on unless asked for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from functools import cache
 from typing import Any, ClassVar
 
-from ..models import families
-from ..models.base import Family, ModelConfig
-from .schema import SettingsNode, widget
+from ..models import configs, families, family_named
+from ..models.base import ModelConfig
+from ..utils.config import SettingsError, Table, option
+from .model_contracts import Contract, contracts
+from .schema import SettingsNode, Socket, Widget, has_tables, widget
 
 IN_MODEL_CONFIG = ("type", "dtype", "transformer_dtype", "timestep_sample_method")
 """Options that the ModelConfig node sets for every family."""
+NOT_YET = "This version cannot train it yet."
 
 
-@dataclass(frozen=True)
-class Contract:
-    """What is fixed of a family's node."""
+class NodeOptions(Table):
+    """Inputs that are no option of a family, but decide on some."""
 
-    family: str
-    function: str
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-    """In this order; what the family has besides comes after."""
-
-
-NODES = {
-    "FluxModelNode": Contract(
-        "flux", "get_flux_config",
-        optional=("diffusers_path", "transformer_path", "bypass_guidance_embedding", "flux_shift")),
-}  # fmt: skip
+    use_single_file: bool = option(False, "Take the model from single_file_path.")
+    qwen_2511: bool = option(False, "The model is Qwen-Image-Edit-2511.")
+    text_encoder_path: str | None = option(None, "Text encoder as a single file.", picker="text_encoders")
+    Text_Encoder: str = option(..., "The Qwen2.5-VL text encoder as a single file.", picker="text_encoders")
+    ByT5: str = option(..., "The ByT5 text encoder as a single file.", picker="text_encoders")
 
 
 class ModelNode(SettingsNode):
@@ -49,23 +42,81 @@ class ModelNode(SettingsNode):
 
     def config(self, **values: Any) -> tuple[dict[str, Any]]:
         """The family's part of the [model] table."""
-        return ({"type": self.FAMILY, **self.read(values)},)
+        return (_as_table({"type": self.FAMILY, **self.read(values)}),)
+
+    @classmethod
+    def validate(cls, **values: Any) -> bool | str:
+        """What VALIDATE_INPUTS answers: refuses families that cannot be trained, and lists that are none."""
+        try:
+            family_named(cls.FAMILY)
+        except SettingsError as error:
+            return str(error)
+        return cls.check(**values)
 
 
-def model_nodes() -> dict[str, type[ModelNode]]:
-    """The node of each family in `NODES`, by id."""
-    known = families()
-    return {name: _node(name, contract, known[contract.family]) for name, contract in NODES.items()}
+def _as_table(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` with what `NodeOptions` decided carried out."""
+    if not settings.pop("use_single_file", True):
+        settings.pop("single_file_path", None)
+    if settings.pop("qwen_2511", False):
+        settings["type"] = "qwen2511"
+    if settings["type"] == "z_image" and (path := settings.pop("text_encoder_path", None)):
+        settings["text_encoders"] = [{"path": path, "type": "lumina2"}]
+    if settings["type"] == "hunyuan_video_15":
+        paths = [settings.pop("Text_Encoder"), settings.pop("ByT5")]
+        settings["text_encoders"] = [{"paths": paths, "type": "hunyuan_video_15"}]
+    return settings
 
 
-def _node(name: str, contract: Contract, family: type[Family]) -> type[ModelNode]:
-    listed = (*contract.required, *contract.optional)
-    own = [key for key in family.Config.model_fields if key not in ModelConfig.model_fields]
-    shared = [key for key in ModelConfig.model_fields if key not in IN_MODEL_CONFIG]
-    later = [key for key in (*own, *shared) if key not in listed]
-    required, optional = ({key: widget(family.Config, key, prefix="model") for key in keys}
-                          for keys in (contract.required, (*contract.optional, *later)))  # fmt: skip
+def __getattr__(name: str) -> type[ModelNode]:
+    """The node of this id, as an attribute of the module."""
+    if name not in contracts():
+        raise AttributeError(name)
+    return _node(name)
+
+
+@cache
+def _node(name: str) -> type[ModelNode]:
+    contract = contracts()[name]
+    table = configs()[contract.family]
+    keys = (contract.required, (*contract.optional, *_further(table, contract)))
+    required, optional = ({key: _input(table, contract, key) for key in section} for section in keys)
+    texts = [key for key, entry in {**required, **optional}.items() if isinstance(entry, Widget)
+             and entry.kind == "STRING"]  # fmt: skip
+    doc = table.__doc__ if contract.family in families() else f"{table.__doc__} {NOT_YET}"
     return type(name, (ModelNode,), {
-        "__doc__": family.Config.__doc__, "__module__": __name__, "FAMILY": contract.family,
+        "__doc__": doc, "__module__": __name__, "FAMILY": contract.family,
         "FUNCTION": contract.function, contract.function: ModelNode.config,
-        "REQUIRED": required, "OPTIONAL": optional})  # fmt: skip
+        "VALIDATE_INPUTS": classmethod(_validator(texts)), "REQUIRED": required, "OPTIONAL": optional})  # fmt: skip
+
+
+def _validator(texts: list[str]) -> Any:
+    """`ModelNode.validate` with a signature that names ``texts``: ComfyUI passes what is named, and leaves its own
+    checks of that away, which texts have none of."""
+
+    def validate_inputs(cls: type[ModelNode], **values: Any) -> bool | str:
+        return cls.validate(**values)
+
+    names = ("cls", *texts)
+    kind, default = inspect.Parameter.POSITIONAL_OR_KEYWORD, None
+    parameters = [inspect.Parameter(name, kind, default=inspect.Parameter.empty if name == "cls" else default)
+                  for name in names]  # fmt: skip
+    validate_inputs.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return validate_inputs
+
+
+def _further(table: type[ModelConfig], contract: Contract) -> list[str]:
+    """Options that no input of the contract sets; entries with tables in them are for files alone."""
+    set_by = {contract.keys.get(key, key) for key in (*contract.required, *contract.optional)}
+    own = [key for key in table.model_fields if key not in ModelConfig.model_fields]
+    shared = [key for key in ModelConfig.model_fields if key not in IN_MODEL_CONFIG]
+    return [key for key in (*own, *shared) if key not in set_by and not has_tables(table.model_fields[key])]
+
+
+def _input(table: type[ModelConfig], contract: Contract, name: str) -> Widget | Socket:
+    key = contract.keys.get(name, name)
+    owner: type[Table] = table if key in table.model_fields else NodeOptions
+    fixed = contract.defaults.get(name)
+    default = fixed if fixed is not None else "" if owner.model_fields[key].is_required() else ...
+    off = None if isinstance(fixed, float) else ...  # 0 then is a value like others
+    return widget(owner, key, prefix="model", kind=contract.kinds.get(name), default=default, off=off)

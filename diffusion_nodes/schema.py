@@ -85,7 +85,8 @@ class Widget:
             elif not self.note:
                 text += f" {word}: not used."
         if _hint(self.field, "picker"):
-            text += f" A name below ComfyUI's models/{_hint(self.field, 'picker')} is enough."
+            kind = _hint(self.field, "picker")
+            text += f" A name below ComfyUI's models/{kind} is enough. The node's right-click menu offers them."
         return " ".join(filter(None, [text.strip(), self.note]))
 
     def declaration(self) -> tuple[str | list[str], dict[str, Any]]:
@@ -95,6 +96,8 @@ class Widget:
             options |= {"min": self.low, "max": self.high, "step": _step(self.field, self.kind)}
         if self.kind == "STRING":
             options["multiline"] = bool(_hint(self.field, "multiline"))
+            if names := comfy.model_names(_hint(self.field, "picker")):
+                options["suggestions"] = names
         if _hint(self.field, "advanced"):
             options["advanced"] = True
         return self.kind, options
@@ -109,17 +112,21 @@ class Widget:
             value = value.strip()
         if value is None or self._is_off(value):
             return None
+        if value == "" and self.field.is_required() and is_path(self.key, self.field):
+            raise SettingsError(f"{self.path}: required, but empty")
         if _is_list(self.field):
             return read_list(value, self.path, self._separators())
         if isinstance(self.kind, list) and isinstance(value, str):
             return next((known for known in self.kind if known.lower() == value.strip().lower()), value)
         if isinstance(value, str) and not self.written and is_path(self.key, self.field):
-            return comfy.resolve(value)
+            return comfy.resolve(value, _hint(self.field, "picker"))
         return value
 
     def _separators(self) -> str:
         """What stands between texts of a list; commas belong to paths. Numbers have none: they are JSON."""
-        return {(str,): ",\n", (Any,): "\n"}.get(get_args(_members(self.field)[0]), "")
+        if _hint(self.field, "lines"):
+            return "\n"
+        return ",\n" if get_args(_members(self.field)[0]) == (str,) else ""
 
     def _is_off(self, value: Any) -> bool:
         if self.off is None:
@@ -236,17 +243,25 @@ def read_list(value: Any, path: str, separators: str = "") -> list[Any]:
     """
     if isinstance(value, (list, tuple)):
         return list(value)
-    text = str(value).strip().replace("，", ",")
-    if separators and not text.startswith("["):
-        return [part.strip() for part in re.split(f"[{separators}]", text) if part.strip()]
+    text = str(value).strip()
+    if separators != "\n":
+        text = text.replace("，", ",")
     try:
-        found = json.loads(text if text.startswith("[") else f"[{text}]")
+        found = json.loads(text if text.startswith("[") else "" if separators else f"[{text}]")
     except json.JSONDecodeError:
         found = None
-    if not isinstance(found, list) or not all(_fits(item, bool(separators)) for item in found):
-        example = '["to_q", "to_k"]' if separators else "[512] or [512, 768]"
-        raise SettingsError(f"{path}: must be a list such as {example}, got '{value}'")
-    return found
+    if isinstance(found, list) and all(_fits(item, bool(separators)) for item in found):
+        return found
+    if separators and (separators == "\n" or not text.startswith("[")):
+        return [part.strip() for part in re.split(f"[{separators}]", text) if part.strip()]
+    example = '["to_q", "to_k"]' if separators else "[512] or [512, 768]"
+    raise SettingsError(f"{path}: must be a list such as {example}, got '{value}'")
+
+
+def has_tables(field: FieldInfo) -> bool:
+    """Whether the option is a list of tables, which no widget can hold."""
+    return any(isinstance(part, type) and issubclass(part, Table) for member in _members(field)
+               for part in (member, *get_args(member)))  # fmt: skip
 
 
 def is_path(key: str, field: FieldInfo) -> bool:
@@ -299,6 +314,8 @@ def _off(field: FieldInfo, kind: str | list[str]) -> Any:
         return None
     if isinstance(kind, list):
         return AUTO
+    if _hint(field, "ui_off") is not None:
+        return _hint(field, "ui_off")
     return 0 if kind in ("INT", "FLOAT") else "" if kind == "STRING" else None
 
 
@@ -319,8 +336,8 @@ def _bounds(field: FieldInfo, kind: Any, off: Any) -> tuple[float, float]:
     step = _step(field, kind)
     low = rules.get("ge", rules["gt"] + step if "gt" in rules else -math.inf)
     high = rules.get("le", rules["lt"] - step if "lt" in rules else math.inf)
-    if off == 0:
-        low = min(low, 0)
+    if isinstance(off, (int, float)):
+        low = min(low, off)
     high = min(high, _hint(field, "ui_max") or MOST[kind]) if math.isinf(high) else high
     low = max(low, -MOST[kind])
     return (int(low), min(int(high), SAFE_INTEGER)) if kind == "INT" else (float(low), round(float(high), 12))
@@ -328,7 +345,7 @@ def _bounds(field: FieldInfo, kind: Any, off: Any) -> tuple[float, float]:
 
 def _step(field: FieldInfo, kind: Any) -> float:
     step = _hint(field, "step") or (1 if kind == "INT" else 0.01)
-    return int(step) if kind == "INT" else float(step)
+    return max(1, int(step)) if kind == "INT" else float(step)
 
 
 def _hint(field: FieldInfo, name: str) -> Any:

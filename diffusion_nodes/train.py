@@ -16,19 +16,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..models import families
 from ..utils import launch
-from ..utils.config import SettingsError, write_toml
+from ..utils.config import SettingsError, read_toml, write_toml
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
-from ..utils.settings import as_toml, family_of, parse_dataset_settings, parse_train_settings
+from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy
+from .schema import widget
 
 logger = logging.getLogger(__name__)
 
 NEW_RUN, LATEST = "new run", "latest"
 LISTED_RUNS = 50
 POLL_SECONDS = 0.5
+RUN_OPTIONS = ("reset_dataloader", "regenerate_cache", "cache_only", "trust_cache", "i_know_what_i_am_doing",
+               "dump_dataset", "reset_optimizer_params")  # fmt: skip
+"""Settings that are inputs here, because they concern one run and not the training as such."""
 _RUN_NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?")
 
 
@@ -64,6 +69,7 @@ class Train:
             "optional": {
                 "resume_from_checkpoint": ("STRING", {
                     "default": "", "tooltip": "Name of a run folder to go on with. Empty: what 'resume' says."}),
+                **{key: widget(TrainSettings, key).declaration() for key in RUN_OPTIONS},
                 "wait": ("BOOLEAN", {
                     "default": True, "tooltip": "Stay here until the training has ended. Off: go on once it runs; the "
                     "LoRA then stays in the run folder."}),
@@ -95,7 +101,7 @@ class Train:
     async def execute(
         self, dataset_config: Mapping[str, Any], train_config: Mapping[str, Any], config_path: str = "",
         resume_from_checkpoint: str = "", wait: bool = True, resume: str = NEW_RUN, share_gpu: bool = False,
-        grace_seconds: int = 60, unique_id: str | None = None,
+        grace_seconds: int = 60, unique_id: str | None = None, **run_options: Any,
     ) -> tuple[str, str, str, str]:  # fmt: skip
         """Trains, or joins the run that already trains with these settings.
 
@@ -104,7 +110,7 @@ class Train:
             ProcessError: The GPUs are in use, or the processes cannot be started.
             RuntimeError: The training failed; holds the cause and the end of its log.
         """
-        train, dataset = _tables(train_config, dataset_config)
+        train, dataset = _tables({**train_config, **_chosen(run_options)}, dataset_config)
         asked = _asked_run(resume_from_checkpoint, resume, train.pop("resume_from_checkpoint", False))
         identity = hashlib.sha256(json.dumps([train, dataset], sort_keys=True).encode()).hexdigest()
         run = launch.find(identity)
@@ -139,6 +145,12 @@ def _tables(
                 directory[key] = comfy.resolve(directory[key])
         directory["control_paths"] = [comfy.resolve(path) for path in directory.get("control_paths") or []]
     return train, dataset
+
+
+def _chosen(run_options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is switched on or filled in, of the settings that are inputs of this node."""
+    read = {key: widget(TrainSettings, key).read(value) for key, value in run_options.items()}
+    return {key: value for key, value in read.items() if value}
 
 
 def _asked_run(typed: str, chosen: str, configured: bool | str) -> str:
@@ -256,12 +268,18 @@ def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None
 
 
 def _publish(run: launch.Run) -> str:
-    """Puts the last exported LoRA where ComfyUI's loaders look; returns its path, or nothing without one."""
+    """Puts the last exported LoRA or model where ComfyUI's loaders look; returns its path, or nothing without one."""
     exports = run.status().exports
-    source = run.folder.path / exports[-1] / "adapter_model.safetensors" if exports else None
-    if source is None or not source.is_file():
+    export = run.folder.path / exports[-1] if exports else None
+    if export is None:
         return ""
-    target = comfy.output_directory() / "loras" / f"{run.name}.safetensors"
+    folder, source = "loras", export / "adapter_model.safetensors"
+    if (export / "model.safetensors").is_file():
+        kind = read_toml(run.folder.train_toml)["model"]["type"]
+        folder, source = families()[kind].model_folder, export / "model.safetensors"
+    if not source.is_file():
+        return ""
+    target = comfy.output_directory() / folder / f"{run.name}.safetensors"
     beside = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -272,6 +290,6 @@ def _publish(run: launch.Run) -> str:
             shutil.copyfile(source, beside)
         os.replace(beside, target)
     except OSError as error:
-        logger.error("%s: the LoRA could not be put into '%s': %s", source, target.parent, error)
+        logger.error("%s: the export could not be put into '%s': %s", source, target.parent, error)
         return str(source)
     return str(target)

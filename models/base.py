@@ -15,16 +15,18 @@ import json
 import math
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..utils.config import Dtype, SettingsError, Table, option
 from ..utils.imports import lazy
+from ..utils.weights import fill
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import nn
 
     from ..utils import storage as stored
@@ -33,6 +35,8 @@ else:
     torch = lazy("torch")
     stored = lazy(__name__.split(".models.")[0] + ".utils.storage")
 
+Encodings = Mapping[str, "torch.Tensor | Sequence[torch.Tensor]"]
+"""Values of captions by name, batch first; a list where captions differ in length."""
 StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
 
 
@@ -45,6 +49,7 @@ class ModelConfig(Table):
         None,
         "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
         "Left out: the same as dtype.",
+        also=("diffusion_model_dtype",),
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."
@@ -69,8 +74,8 @@ class Layer:
 
     ``forward(modules, *tensors)`` takes the tuple that the link before returned and returns the next
     one; `modules` carries the entries of `submodules` as attributes. The last link returns the
-    prediction alone. Tuples between links hold contiguous floating tensors, the same number and
-    dtypes at every cut (what DeepSpeed can send between stages).
+    prediction alone. Tuples between links hold contiguous tensors, of any number and dtype (a U-Net's
+    skip connections travel along until they are used).
     """
 
     name: str
@@ -95,6 +100,8 @@ class Example:
     """Uniform in (0, 1); `timestep` turns it into the noise level."""
     controls: tuple[dict[str, torch.Tensor], ...] = ()
     """What `encode_media` gave for each control picture, at the size of ``media``."""
+    seed: int = 0
+    """For what else a family draws at random; it depends on what noise and quantile depend on."""
 
 
 @dataclass
@@ -108,6 +115,34 @@ class Batch:
     weight: torch.Tensor = field(default_factory=lambda: torch.ones(()))
     """Weight of each element of the loss; broadcasts against `target`."""
 
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which copies to a GPU run beside its work."""
+        inputs = tuple(tensor.pin_memory() for tensor in self.inputs)
+        return Batch(inputs, self.target.pin_memory(), self.weight.contiguous().pin_memory())
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A picture or clip to draw while training, to see how it goes."""
+
+    text: Mapping[str, torch.Tensor]
+    """What `encode_text` gave for the prompt, without the batch dimension, one dict for all text encoders."""
+    negative_text: Mapping[str, torch.Tensor]
+    """The same for the negative prompt."""
+    width: int
+    height: int
+    """In pixels, multiples of the family's `size_multiple`."""
+    frames: int = 1
+    """A length that the family has; 1 for a picture."""
+    steps: int = 20
+    guidance: float | None = None
+    """Left out: the pipeline's usual one."""
+    true_cfg: float = 1.0
+    """For models with distilled guidance: strength of the negative prompt; 1 leaves it out."""
+    seed: int = 0
+    images: tuple[Image, ...] = ()
+    """What edit models and image-to-video models start from."""
+
 
 class Family(ABC):
     """A model family. One instance lives in each process of a run."""
@@ -115,12 +150,15 @@ class Family(ABC):
     title: ClassVar[str]
     """Name for people, such as "Flux"."""
     Config: ClassVar[type[ModelConfig]]
-    size_multiple: ClassVar[int] = 16
-    """Pixel width and height must be multiples of this."""
-    latent_multiple: ClassVar[int] = 8
+    size_multiple: int = 16
+    """Pixel width and height must be multiples of this. It and the next three may differ from variant to
+    variant of a family; `check_files` sets them then."""
+    latent_multiple: int = 8
     """Pixels that one latent stands for, across and down."""
-    fps: ClassVar[float | None] = None
+    fps: float | None = None
     """Frames in a second of the videos that it makes; None where it makes pictures alone."""
+    takes_pictures: bool = True
+    """Pictures can be trained; not so where the first frame is given and the rest is to be made."""
     frame_multiple: ClassVar[int] = 4
     frame_remainder: ClassVar[int] = 1
     """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
@@ -132,6 +170,12 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    model_folder: ClassVar[str] = "diffusion_models"
+    """Folder of ComfyUI's models in which an exported model belongs."""
+    lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
+    """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
+    float32: ClassVar[tuple[str, ...]] = ()
+    """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters in whose name one of these regular expressions is found stay at `dtype` when
     `transformer_dtype` is float8."""
@@ -156,7 +200,7 @@ class Family(ABC):
 
     @abstractmethod
     def check_files(self) -> None:
-        """Sees that what the paths name is there and is what it should be; loads nothing.
+        """Sees that what the paths name is there and is what it should be; loads nothing. Called before all else.
 
         Raises:
             SettingsError: Names the option, the path and what was expected.
@@ -195,12 +239,15 @@ class Family(ABC):
         """Text encoder ``name`` with its tokenizer, on ``device``."""
 
     @abstractmethod
-    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the denoiser needs of each caption, batch first, names unlike those of other encoders."""
+    def encode_text(self, name: str, encoder: Any, captions: Sequence[str]) -> Encodings:
+        """What the denoiser needs of each caption, batch first, names unlike those of other encoders.
+
+        Where the denoiser holds the encoder to train it, that is the caption's tokens.
+        """
 
     def encode_edit(
         self, name: str, encoder: Any, captions: Sequence[str], controls: Sequence[Sequence[torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    ) -> Encodings:
         """`encode_text` for the encoders of `text_sees_controls`.
 
         Args:
@@ -216,6 +263,11 @@ class Family(ABC):
         count = -(-frames // self.frame_multiple) if frames > 1 else 1
         return count, height // self.latent_multiple, width // self.latent_multiple
 
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates of the family's own options, by regular expression of parameter names; the first that is
+        found in a name counts, 0 freezes. Names without a match take the optimizer's."""
+        return {}
+
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weights of latents as weights of the target's elements; broadcasts against ``target``.
 
@@ -224,8 +276,28 @@ class Family(ABC):
         return mask_NFHW[:, None] if target.ndim == 5 else mask_NFHW
 
     @abstractmethod
-    def load_denoiser(self, device: torch.device) -> nn.Module:
-        """The network that is trained, at `dtype` on ``device``."""
+    def build_denoiser(self) -> nn.Module:
+        """The network that is trained, its parameters on the meta device: names and shapes without memory.
+
+        It may hold text encoders, too, where those are trained.
+        """
+
+    @abstractmethod
+    def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
+        """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision."""
+
+    def load_denoiser(
+        self, device: torch.device, denoiser: nn.Module | None = None, only: Container[nn.Parameter] | None = None
+    ) -> nn.Module:
+        """The network with its weights, at `dtype` or as stored, on ``device``.
+
+        Args:
+            denoiser: A network of `build_denoiser`, to be filled in place.
+            only: Parameters to read; the others stay on the meta device. Left out: all.
+        """
+        denoiser = denoiser or self.build_denoiser()
+        fill(denoiser, self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
+        return denoiser
 
     @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[Layer]:
@@ -277,9 +349,42 @@ class Family(ABC):
         """A denoiser's parameters, by name, as the single file that ComfyUI loads has them."""
         return dict(tensors)
 
+    def other_tensors(self, names: Container[str]) -> dict[str, torch.Tensor]:
+        """What the single file that ComfyUI loads holds besides `comfyui_tensors`: parts that are not trained.
+
+        Args:
+            names: Parameters of the denoiser that are written as trained.
+        """
+        return {}
+
     @abstractmethod
-    def pipeline(self, denoiser: nn.Module, device: torch.device) -> Any:
-        """The family's diffusers pipeline around a live denoiser, for pictures."""
+    def pipeline(self, denoiser: nn.Module, device: torch.device, text_encoders: bool = True) -> Any:
+        """The family's diffusers pipeline around a live denoiser.
+
+        Args:
+            text_encoders: Load them, too; without, the pipeline takes embeddings alone, as `sample` gives it.
+        """
+
+    @abstractmethod
+    def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        """Prompt, negative prompt and pictures of a request as arguments of the family's pipeline: batches of
+        one, on ``device``."""
+
+    def sample(self, pipeline: Any, request: SampleRequest) -> list[Image]:
+        """Draws with `pipeline` (made without text encoders); gives the frames, one for a picture.
+
+        Here for pipelines that give ``images`` and take ``guidance_scale``; videos and others override it.
+        """
+        arguments: dict[str, Any] = {"width": request.width, "height": request.height}
+        if request.guidance is not None:
+            arguments["guidance_scale"] = request.guidance
+        output = pipeline(
+            **arguments,
+            **self.prompt_arguments(request, pipeline._execution_device),
+            num_inference_steps=request.steps,
+            generator=torch.Generator().manual_seed(request.seed),
+        )
+        return [output.images[0]]
 
     @classmethod
     @abstractmethod
@@ -350,3 +455,9 @@ def fingerprint(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A component's ``config.json``."""
     return json.loads(path.read_text("utf-8"))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a component's configuration, folder and all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

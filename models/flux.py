@@ -14,9 +14,8 @@ L text tokens, D features.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,29 +24,31 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
+from .autoencoder import load_autoencoder
 from .base import (
     Batch,
     Example,
     Family,
     Layer,
     ModelConfig,
+    SampleRequest,
     fingerprint,
     in_comfyui,
     read_json,
     require_path,
     resolution_shift,
+    write_json,
 )
+from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
 
 if TYPE_CHECKING:
     import diffusers
-    import tokenizers
     import torch
     import transformers
     from torch import nn
 else:
-    diffusers, tokenizers, torch, transformers = map(lazy, ("diffusers", "tokenizers", "torch", "transformers"))
+    diffusers, torch, transformers = map(lazy, ("diffusers", "torch", "transformers"))
 
-CLIP_LENGTH = 77
 VAE_SCALING, VAE_SHIFT = 0.3611, 0.1159
 """Of the latents; from the reference code's AutoEncoder parameters, as a single file does not hold them."""
 DEV_SCHEDULE: dict[str, Any] = {
@@ -255,16 +256,7 @@ class Flux(Family):
     # -- encoding, once per sample, cached ----------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> nn.Module:
-        weights = self._weights("vae")
-        if weights.path.is_dir():
-            vae = build(lambda: diffusers.AutoencoderKL.from_config(read_json(weights.path / "config.json")))
-            fill(vae, weights.read, self.dtype, device)
-        else:
-            config = vae_config(weights)
-            vae = build(lambda: diffusers.AutoencoderKL(**config))
-            levels = len(config["block_out_channels"])
-            fill(vae, lambda name: _matrix(name, weights.read(ldm_vae_name(name, levels))), self.dtype, device)
-        return vae.eval()
+        return load_autoencoder(self._weights("vae"), self.dtype, device, VAE_SCALING, VAE_SHIFT)
 
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
@@ -281,7 +273,7 @@ class Flux(Family):
         if name == "clip":
             config = transformers.CLIPTextConfig(**(_json_config(weights) if is_folder else clip_config(weights)))
             model = build(lambda: transformers.CLIPTextModel(config))
-            fill(model, lambda tensor: weights.read(_clip_name(tensor, weights)), self.dtype, device)
+            fill(model, lambda tensor: weights.read(clip_name(tensor, weights)), self.dtype, device)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
         else:
             config = transformers.T5Config(**(_json_config(weights) if is_folder else t5_config(weights)))
@@ -306,16 +298,16 @@ class Flux(Family):
 
     # -- training -----------------------------------------------------------------------------------
 
-    def load_denoiser(self, device: torch.device) -> nn.Module:
+    def build_denoiser(self) -> nn.Module:
         weights = self._weights("transformer")
-        is_folder = weights.path.is_dir()
-        config = _json_config(weights) if is_folder else transformer_config(weights)
+        config = _json_config(weights) if weights.path.is_dir() else transformer_config(weights)
         if self.config.bypass_guidance_embedding:
             config = {**config, "guidance_embeds": False}
-        denoiser = build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
-        read = weights.read if is_folder else partial(read_bfl, weights)
-        fill(denoiser, read, self.dtype, device, storage=self.storage)
-        return denoiser
+        return build(lambda: diffusers.FluxTransformer2DModel.from_config(config))
+
+    def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
+        weights = self._weights("transformer")
+        return weights.read if weights.path.is_dir() else partial(read_bfl, weights)
 
     def layers(self, denoiser: Any) -> list[Layer]:
         embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")
@@ -362,8 +354,11 @@ class Flux(Family):
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return to_bfl(tensors)
 
-    def pipeline(self, denoiser: Any, device: torch.device) -> diffusers.FluxPipeline:
-        clip, t5 = (self.load_text_encoder(name, device) for name in self.text_encoders)
+    def pipeline(self, denoiser: Any, device: torch.device, text_encoders: bool = True) -> diffusers.FluxPipeline:
+        clip, t5 = (
+            self.load_text_encoder(name, device) if text_encoders else TextEncoder(None, None)
+            for name in self.text_encoders
+        )
         schedule = DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE
         if self.config.diffusers_path and not self.config.transformer_path:
             file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
@@ -378,10 +373,17 @@ class Flux(Family):
             transformer=denoiser,
         )
 
+    def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"true_cfg_scale": request.true_cfg}
+        for prefix, text in (("", request.text), ("negative_", request.negative_text)):
+            arguments[f"{prefix}prompt_embeds"] = text["t5_embeds"][None].to(device)
+            arguments[f"{prefix}pooled_prompt_embeds"] = text["clip_pooled"][None].to(device)
+        return arguments
+
     @classmethod
     def write_miniature(cls, folder: Path, guidance: bool = True) -> dict[str, Any]:
         """As `Family.write_miniature`; ``guidance`` says whether it is like dev or like schnell."""
-        clip_vocabulary = _write_clip_tokenizer(folder / "tokenizer")
+        clip_vocabulary = write_clip_tokenizer(folder / "tokenizer")
         t5_vocabulary = _write_t5_tokenizer(folder / "tokenizer_2")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -391,7 +393,7 @@ class Flux(Family):
             part.save_pretrained(folder / name)
             index[name] = [type(part).__module__.split(".")[0], type(part).__name__]
         index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"]}
-        _write_json(folder / "model_index.json", index)
+        write_json(folder / "model_index.json", index)
         return {"type": "flux", "diffusers_path": str(folder), "dtype": "float32", "max_sequence_length": 32}
 
 
@@ -562,62 +564,6 @@ def transformer_config(weights: Weights) -> dict[str, Any]:
 # -- the other single files -------------------------------------------------------------------------------
 
 
-def vae_config(weights: Weights) -> dict[str, Any]:
-    """Arguments of AutoencoderKL for a file in the original layout, from names and shapes."""
-    levels = weights.count("encoder.down.")
-    channels = [weights.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-    return {
-        "in_channels": weights.shape("encoder.conv_in.weight")[1],
-        "out_channels": weights.shape("decoder.conv_out.weight")[0],
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(channels),
-        "layers_per_block": weights.count("encoder.down.0.block."),
-        "latent_channels": weights.shape("decoder.conv_in.weight")[1],
-        "norm_num_groups": math.gcd(32, *channels),
-        "scaling_factor": VAE_SCALING,
-        "shift_factor": VAE_SHIFT,
-        "use_quant_conv": "quant_conv.weight" in weights,
-        "use_post_quant_conv": "post_quant_conv.weight" in weights,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in weights,
-    }
-
-
-def ldm_vae_name(name: str, levels: int) -> str:
-    """The name in an original VAE file of a parameter of AutoencoderKL with ``levels`` resolutions."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", name)
-    for ours, theirs in (
-        (r"down_blocks", "down"), (r"resnets", "block"), (r"(down|up)samplers\.0", r"\1sample"),
-        (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_([qkv])\.", r"\1."),
-        (r"to_out\.0", "proj_out"), (r"conv_shortcut", "nin_shortcut"), (r"conv_norm_out", "norm_out"),
-    ):  # fmt: skip
-        name = re.sub(ours, theirs, name)
-    return name
-
-
-def _matrix(name: str, value: torch.Tensor) -> torch.Tensor:
-    """The original VAE's attention has 1x1 convolutions where diffusers' has linear layers."""
-    return value.flatten(1) if ".attentions." in name and value.ndim > 1 else value
-
-
-def clip_config(weights: Weights) -> dict[str, Any]:
-    """Arguments of CLIPTextConfig for a single file. Heads have 64 features in every CLIP."""
-    vocabulary, width = weights.shape("text_model.embeddings.token_embedding.weight")
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": weights.shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
-        "num_hidden_layers": weights.count("text_model.encoder.layers."),
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": weights.shape("text_model.embeddings.position_embedding.weight")[0],
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 0,
-        "eos_token_id": 2,  # as in Flux's own file; makes CLIP pool at the highest token, its real end token
-        "pad_token_id": 1,
-    }
-
-
 def t5_config(weights: Weights) -> dict[str, Any]:
     """Arguments of T5Config for a single file of a version 1.1 encoder."""
     block = "encoder.block.0.layer"
@@ -633,12 +579,6 @@ def t5_config(weights: Weights) -> dict[str, Any]:
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
     }
-
-
-def _clip_name(name: str, weights: Weights) -> str:
-    """Files have ``text_model.`` before every name, CLIPTextModel only in some versions of transformers."""
-    name = name.removeprefix("text_model.")
-    return f"text_model.{name}" if f"text_model.{name}" in weights else name
 
 
 def _t5_name(name: str, weights: Weights) -> str:
@@ -686,29 +626,6 @@ def _miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -
     }
 
 
-def _write_clip_tokenizer(folder: Path) -> int:
-    """A byte-level BPE that knows a few words; returns the size of its vocabulary."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
-    for word in ("a", "cat", "dog", "photo", "of", "red"):
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
-            merges.append(f"{pieces[0]} {pieces[1]}")
-            pieces[:2] = ["".join(pieces[:2])]
-            vocabulary.append(pieces[0])
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    vocabulary = list(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))
-    _write_json(folder / "vocab.json", {piece: index for index, piece in enumerate(vocabulary)})
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges), ""]), "utf-8")
-    _write_json(folder / "special_tokens_map.json", special)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": CLIP_LENGTH},
-    )
-    return len(vocabulary)
-
-
 def _write_t5_tokenizer(folder: Path) -> int:
     """A unigram model of printable ASCII and a few words; returns the size of its vocabulary."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -719,8 +636,3 @@ def _write_t5_tokenizer(folder: Path) -> int:
     )
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

@@ -85,7 +85,7 @@ def run_file(workflow: Path, base_directory: Path, overrides: Mapping[str, Any] 
     Raises:
         WorkflowError: The file or a value in it cannot be used; nothing has run.
     """
-    classes = node_classes()
+    ours, classes = load_package().NODE_CLASS_MAPPINGS, node_classes()
     importlib.import_module(f"{PACKAGE}.diffusion_nodes.comfy").set_base_directory(base_directory)
     convert = importlib.import_module(f"{PACKAGE}.scripts.workflow").to_prompt
     try:
@@ -93,6 +93,7 @@ def run_file(workflow: Path, base_directory: Path, overrides: Mapping[str, Any] 
     except (OSError, ValueError) as error:
         raise WorkflowError(f"{workflow}: cannot be read: {error}") from None
     prompt = convert(document, classes) if "nodes" in document else document
+    importlib.import_module(f"{PACKAGE}.diffusion_nodes.saved_workflows").adopt_prompt(prompt, ours)
     for place, value in (overrides or {}).items():
         node_id, _, name = place.rpartition(".")
         if node_id not in prompt:

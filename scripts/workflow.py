@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ..diffusion_nodes import saved_workflows
+
 NEVER, BYPASS = 2, 4
 """Node modes of the canvas."""
 NOTES = ("Note", "MarkdownNote")
@@ -83,7 +85,9 @@ def _widget_values(node: Mapping[str, Any], cls: type) -> dict[str, Any]:
     defaults = {name: default for name, default in names if name is not None}
     if isinstance(stored, Mapping):
         return {name: stored.get(name, default) for name, default in defaults.items()}
-    given = {name: value for (name, _), value in zip(names, stored, strict=False) if name is not None}
+    given = saved_workflows.by_name(node["type"], stored)
+    if given is None:
+        given = {name: value for (name, _), value in zip(names, stored, strict=False) if name is not None}
     return {**defaults, **given}
 
 

@@ -182,13 +182,6 @@ def test_resume_of_a_missing_run(refused: Refused, out: Path) -> None:
     assert not RunFolder.all(out)
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU here")
-def test_optimizer_that_needs_a_gpu(refused: Refused) -> None:
-    message = refused(optimizer={"type": "adamw8bit"})
-    assert "optimizer.type" in message
-    assert "GPU" in message
-
-
 def test_unreadable_picture_and_caption_are_left_out_and_said(bench: Bench, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(bench.pictures, pictures)

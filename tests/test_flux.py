@@ -16,17 +16,10 @@ from diffusers.loaders.single_file_utils import (
     convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_vae_checkpoint,
 )
+from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example
-from diffusion_trainer.models.flux import (
-    Flux,
-    clip_config,
-    ldm_vae_name,
-    read_bfl,
-    t5_config,
-    to_bfl,
-    transformer_config,
-    vae_config,
-)
+from diffusion_trainer.models.clip import clip_config
+from diffusion_trainer.models.flux import Flux, read_bfl, t5_config, to_bfl, transformer_config
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.weights import Weights
 from safetensors.torch import load_file, save_file
@@ -69,10 +62,7 @@ def single_tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
     if part == "transformer":
         return to_bfl(tensors)
     if part == "vae":
-        return {
-            ldm_vae_name(name, 4): value[..., None, None] if "attentions" in name and value.ndim == 2 else value
-            for name, value in tensors.items()
-        }
+        return autoencoder.to_original(tensors)
     if part == "text_encoder":
         return {f"text_model.{name.removeprefix('text_model.')}": value for name, value in tensors.items()}
     return tensors
@@ -311,7 +301,9 @@ def test_published_sizes_are_read_from_shapes(tmp_path):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
         files = {
             "transformer": to_bfl(transformer.state_dict()),
-            "vae": {ldm_vae_name(name, 4): value for name, value in AutoencoderKL(**vae).state_dict().items()},
+            "vae": {
+                autoencoder.original_name(name, 4): value for name, value in AutoencoderKL(**vae).state_dict().items()
+            },
             "clip": {
                 f"text_model.{name.removeprefix('text_model.')}": value
                 for name, value in CLIPTextModel(CLIPTextConfig(**clip)).state_dict().items()
@@ -326,7 +318,7 @@ def test_published_sizes_are_read_from_shapes(tmp_path):
         weights[name] = Weights(tmp_path / name, name)
     found = transformer_config(weights["transformer"])
     assert {key: found[key] for key in found if found[key] != transformer.config[key]} == {"out_channels": 64}
-    assert vae_config(weights["vae"]) == vae
+    assert autoencoder.config_of(weights["vae"]) | {"scaling_factor": 0.3611, "shift_factor": 0.1159} == vae
     assert clip_config(weights["clip"]).items() >= clip.items()
     assert t5_config(weights["t5"]) == t5
 

@@ -5,7 +5,7 @@ import pytest
 from datasets import EditFamily, VideoFamily, look, picture, video
 from diffusion_trainer.diffusion_nodes import comfy
 from diffusion_trainer.diffusion_nodes.dataset_preview import DatasetPreview
-from diffusion_trainer.utils.preview import choose, contact_sheet
+from diffusion_trainer.utils.preview import choose, contact_sheet, dump
 from PIL import Image
 
 
@@ -30,6 +30,17 @@ def test_all_buckets_are_shown_and_another_selection_differs(tmp_path):
     assert len({s.bucket for s in choose(samples, 2, 0)}) == 2
     assert choose(samples, 6, 0) != choose(samples, 6, 1)
     assert len(choose(samples, 100, 0)) == 30
+
+
+def test_samples_are_written_as_they_will_be_trained(tmp_path):
+    for n in range(3):
+        picture(tmp_path / f"data/{n}.png", (200, 100), n, f"text {n}")
+    samples, _ = look(tmp_path / "data")
+    assert dump(samples, tmp_path / "out", None) == 3
+    bucket = samples[0].bucket
+    first = tmp_path / f"out/000_{bucket.width}x{bucket.height}"
+    assert Image.open(f"{first}_0.png").size == (bucket.width, bucket.height)
+    assert first.with_suffix(".txt").read_text() == "text 0"
 
 
 def test_masks_are_tinted_and_controls_lie_beside(tmp_path):

@@ -104,6 +104,13 @@ def test_trains_and_publishes(base: Path, behave: Callable[..., None], caplog: p
     assert "s/step" in caplog.text
 
 
+def test_a_whole_model_goes_to_its_own_folder(base: Path, behave: Callable[..., None]) -> None:
+    behave(seconds=0.01, export="model.safetensors")
+    _, _, run_dir, model = train()
+    assert model == str(base / "output" / "diffusion_models" / f"{Path(run_dir).name}.safetensors")
+    assert Path(model).read_bytes() == b"weights of " + Path(run_dir).name.encode()
+
+
 def test_other_nodes_run_meanwhile(base: Path, behave: Callable[..., None]) -> None:
     behave(seconds=0.1)
 

@@ -14,7 +14,7 @@ import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
 from diffusion_trainer.utils.run_folder import Command, RunFolder
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import DatasetSettings, parse_dataset_settings, parse_train_settings
 from diffusion_trainer.utils.trainer import Trainer, prepare_folder
 from diffusion_trainer.utils.world import World, join_world
 from PIL import Image, ImageDraw
@@ -74,11 +74,15 @@ class Bench:
         }
         for key, value in changes.items():
             base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
-        return base
+        return {key: value for key, value in base.items() if value is not None}
 
     def dataset(self, **changes: Any) -> dict[str, Any]:
         """Tables of the dataset."""
         return {"resolutions": [64], "directory": [{"path": str(self.pictures)}], **changes}
+
+    def parsed_dataset(self, **changes: Any) -> DatasetSettings:
+        """The dataset's settings."""
+        return parse_dataset_settings(self.dataset(**changes))
 
     def train(
         self,
@@ -137,8 +141,22 @@ class Result:
 
     def curve(self, name: str) -> list[float]:
         """Points of ``train/<name>`` in TensorBoard's log."""
-        events = EventAccumulator(str(self.folder.path), size_guidance={"scalars": 0}).Reload()
-        return [point.value for point in sorted(events.Scalars(f"train/{name}"), key=lambda point: point.step)]
+        return self.points(f"train/{name}")
+
+    def points(self, name: str) -> list[float]:
+        """Points of a curve by its whole name."""
+        return [point.value for point in self._scalars(name)]
+
+    def places(self, name: str) -> list[int]:
+        """Where they lie."""
+        return [point.step for point in self._scalars(name)]
+
+    def _scalars(self, name: str) -> list[Any]:
+        return sorted(self.events().Scalars(name), key=lambda point: point.step)
+
+    def events(self) -> EventAccumulator:
+        """TensorBoard's log."""
+        return EventAccumulator(str(self.folder.path), size_guidance={"scalars": 0, "images": 0}).Reload()
 
     def lora(self) -> dict[str, torch.Tensor]:
         """Tensors of the last export."""

@@ -127,8 +127,11 @@ def load_existing(denoiser: nn.Module, family: Family, path: Path) -> None:
         raise SettingsError(f"{option}: '{path}' must be a .safetensors file or a folder with exactly one")
     stored = load_file(files[0])
     layers = lora_layers(denoiser)
+    sides = dict(zip("AB", family.lora_sides, strict=True))
     expected = {
-        f"{family.lora_keys(name)}.lora_{side}.weight": (layer, side) for name, layer in layers.items() for side in "AB"
+        f"{family.lora_keys(name)}.{sides[side]}.weight": (layer, side)
+        for name, layer in layers.items()
+        for side in "AB"
     }
     unknown = sorted(key for key in stored if key not in expected and not key.endswith(".alpha"))
     if unknown or not expected.keys() & stored.keys():
@@ -146,7 +149,7 @@ def load_existing(denoiser: nn.Module, family: Family, path: Path) -> None:
             )
         scale = 1.0
         if side == "B":
-            alpha = stored.get(key.replace(".lora_B.weight", ".alpha"))
+            alpha = stored.get(key.replace(f".{sides['B']}.weight", ".alpha"))
             rank = weight.shape[1]
             scale = (alpha.item() / rank if alpha is not None else 1.0) / layer.scaling[NAME]
         weight.data.copy_(stored[key].float() * scale)
@@ -160,10 +163,11 @@ def export_tensors(
     Args:
         weights: Trained parameters by their name in the denoiser (``....lora_A.default.weight``).
     """
+    sides = dict(zip("AB", family.lora_sides, strict=True))
     tensors: dict[str, torch.Tensor] = {}
     for name, value in sorted(weights.items()):
         module, side = name.removesuffix(f".{NAME}.weight").rsplit(".lora_", 1)
         key = family.lora_keys(module)
-        tensors[f"{key}.lora_{side}.weight"] = value.detach().to("cpu", dtype).contiguous()
+        tensors[f"{key}.{sides[side]}.weight"] = value.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(alpha_of(settings))
     return tensors

@@ -6,11 +6,12 @@ to be invalidated: what changed has another name. Any number of processes and tr
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
-from ..models.base import Family
+from ..models.base import Encodings, Family
 from .buckets import Bucket
 from .dataset import Sample, collector_off
 from .index import Media, Progress
@@ -112,9 +113,20 @@ Call = tuple[Any, ...]
 class Cache:
     """Media and text of a dataset as one family encodes them."""
 
-    def __init__(self, folder: Path, family: Family, samples: Sequence[Sample], uncond: bool = False) -> None:
-        """``uncond``: the empty caption is needed for every sample, not only for those that may lose theirs."""
-        self._folder, self._family, self._uncond = folder, family, uncond
+    def __init__(
+        self,
+        folder: Path,
+        family: Family,
+        samples: Sequence[Sample],
+        uncond: bool = False,
+        texts: Sequence[tuple[str, tuple[Media, ...]]] = (),
+    ) -> None:
+        """
+        Args:
+            uncond: The empty caption is needed for every sample, not only for those that may lose theirs.
+            texts: Further texts, each with its control pictures; `text` reads them.
+        """
+        self._folder, self._family, self._uncond, self._further = folder, family, uncond, texts
         self.samples = list(samples)
         self._parts: list[_Part[Any]] = []
         self._vae_identity = family.identity("vae")
@@ -160,6 +172,20 @@ class Cache:
         text = {name: tensor for part in texts for name, tensor in (part or {}).items()}
         return Encoded(media, text, mask["mask"], tuple(control for control in controls if control is not None))
 
+    def text(self, caption: str, controls: tuple[Media, ...] = ()) -> dict[str, torch.Tensor]:
+        """What the text encoders gave for one of the further texts.
+
+        Raises:
+            FileNotFoundError: It is not in the cache.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, store in self._texts.items():
+            part = store.get(self.text_key(name, caption, controls))
+            if part is None:
+                raise FileNotFoundError(f"the cached encoding of '{caption}' is missing or damaged; start again")
+            found |= part
+        return found
+
     def remake(self, sample: Sample) -> None:
         """Makes on the CPU what is missing of one sample, while the GPU trains.
 
@@ -172,10 +198,11 @@ class Cache:
         for reason in failed.values():
             raise UnreadableMedia(reason)
 
-    def without(self, failed: Iterable[str]) -> list[Sample]:
-        """The samples that need none of the files in ``failed``."""
-        bad = set(failed)
-        return [s for s in self.samples if not bad or not any(str(m.source) in bad for m in s.files)]
+    def part(self, samples: Sequence[Sample]) -> Cache:
+        """The same cache for some of its samples."""
+        part = copy.copy(self)
+        part.samples = list(samples)
+        return part
 
     # -- making -----------------------------------------------------------------------------------------
 
@@ -267,6 +294,9 @@ class Cache:
             dropped = ("",) if self._uncond or sample.caption_dropout else ()
             for caption in (*sample.captions, *dropped):
                 part.add(self.text_key(encoder, caption, seen), _Text, caption, seen)
+        for caption, controls in self._further:
+            seen = controls if sees else ()
+            part.add(self.text_key(encoder, caption, seen), _Text, caption, seen)
         return part
 
 
@@ -410,7 +440,7 @@ class _Work:
             torch.cuda.empty_cache()
 
 
-def _put_rows(store: Store, group: Ready[Job], encoded: dict[str, torch.Tensor]) -> None:
+def _put_rows(store: Store, group: Ready[Job], encoded: Encodings) -> None:
     for row, (key, *_) in enumerate(group):
         store.put(key, {name: tensor[row] for name, tensor in encoded.items()})
 

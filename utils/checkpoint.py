@@ -10,66 +10,28 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
 from .config import SettingsError, write_whole
 from .run_folder import RunFolder
+from .tensor_file import Promise, TensorFiles, write_tensors
+from .trained import Trained
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-
-
-class Trained:
-    """The trainable parameters of this stage, by their name in the denoiser, with their optimizer."""
-
-    def __init__(self, names: Mapping[nn.Parameter, str], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.parameters = {names[p]: p for p in module.parameters() if p.requires_grad}
-        self.optimizer = optimizer
-        index = {id(p): name for name, p in self.parameters.items()}
-        self._order = [index[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in index]
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-
-    def optimizer_state(self) -> dict[str, Any]:
-        """Optimizer state by parameter name, and what the optimizer keeps per group."""
-        state = self.optimizer.state_dict()
-        own = {name: state["state"][n] for n, name in enumerate(self._order) if n in state["state"]}
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
-        return {"state": own, "groups": groups}
-
-    def load(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-        """Takes over this stage's part of a checkpoint.
-
-        Raises:
-            SettingsError: The checkpoint was made with other adapter settings.
-        """
-        for name, parameter in self.parameters.items():
-            if name not in weights or weights[name].shape != parameter.shape:
-                raise SettingsError(
-                    f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
-                    "resume with the model and adapter settings that it was made with"
-                )
-            parameter.data.copy_(weights[name])
-        whole = self.optimizer.state_dict()
-        whole["state"] = {n: state[name] for n, name in enumerate(self._order) if name in state}
-        for group, stored in zip(whole["param_groups"], groups, strict=True):
-            group.update({key: value for key, value in stored.items() if key not in ("lr", "initial_lr")})
-        self.optimizer.load_state_dict(whole)
+FORMAT = 2
 
 
 def save_checkpoint(
     run: RunFolder,
     step: int,
-    stage: int,
+    part: str,
     is_writer: bool,
     is_main: bool,
     trained: Trained,
@@ -77,9 +39,10 @@ def save_checkpoint(
     barrier: Callable[[], None],
     keep: int,
 ) -> Path:
-    """Writes ``global_step<step>``; every process calls it, the first data-parallel rank of a stage writes.
+    """Writes ``global_step<step>``; every process calls it, those that step weights of their own write.
 
     Args:
+        part: Name of what this process writes, unlike that of any other.
         progress: Where training stands: plain values.
         keep: Older checkpoints beyond this many are removed, after the new one is complete.
 
@@ -93,8 +56,10 @@ def save_checkpoint(
         draft.mkdir()
     barrier()
     if is_writer:
-        save_file(trained.weights(), draft / f"weights-{stage}.safetensors")
-        torch.save(trained.optimizer_state(), draft / f"optimizer-{stage}.pt")
+        tensors, rest = trained.state()
+        write_tensors(draft / f"weights-{part}.safetensors", trained.masters())
+        write_tensors(draft / f"optimizer-{part}.safetensors", tensors)
+        torch.save(rest, draft / f"optimizer-{part}.pt")
     barrier()
     if is_main:
         write_whole(draft / "progress.json", json.dumps({"format": FORMAT, "step": step, **progress}))
@@ -109,8 +74,14 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, trained: Trained, *, optimizer_state: bool = True, optimizer_groups: bool = True
+) -> dict[str, Any]:
     """Takes over a checkpoint; returns its progress.
+
+    Args:
+        optimizer_state: Also the optimizer's running averages.
+        optimizer_groups: Also its numbers, such as weight decay, but never the learning rate.
 
     Raises:
         SettingsError: It is incomplete, of another format, or does not fit the settings.
@@ -125,16 +96,14 @@ def load_checkpoint(folder: Path, trained: Trained) -> dict[str, Any]:
         raise SettingsError(
             f"resume_from_checkpoint: '{folder}' has format {progress.get('format')}, this version reads {FORMAT}"
         )
-    weights: dict[str, torch.Tensor] = {}
-    state: dict[str, Any] = {}
-    groups: list[dict[str, Any]] = []
-    for file in sorted(folder.glob("weights-*.safetensors")):
-        weights |= load_file(file)
+    rest: dict[str, Any] = {"values": {}, "groups": []}
     for file in sorted(folder.glob("optimizer-*.pt")):
         part = torch.load(file, map_location="cpu", weights_only=True)
-        state |= part["state"]
-        groups = part["groups"] if len(part["groups"]) >= len(groups) else groups
-    trained.load(weights, state, groups)
+        rest["values"] |= part["values"] if optimizer_state else {}
+        rest["groups"] += part["groups"] if optimizer_groups else []
+    weights = TensorFiles(sorted(folder.glob("weights-*.safetensors")))
+    state = TensorFiles(sorted(folder.glob("optimizer-*.safetensors")) if optimizer_state else [])
+    trained.load(weights, state, rest)
     return progress
 
 
@@ -159,15 +128,61 @@ def export_adapter(
     tensors: dict[str, torch.Tensor],
     metadata: Mapping[str, str],
     config: Mapping[str, Any],
-    copies: list[Path],
+    copies: Sequence[Path],
 ) -> None:
     """Writes an adapter folder: ``adapter_model.safetensors``, ``adapter_config.json`` and ``copies``."""
-    draft = target.with_name(f".{target.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
+    with _appearing_whole(target, copies) as draft:
         save_file(tensors, draft / "adapter_model.safetensors", metadata=dict(metadata))
         write_whole(draft / "adapter_config.json", json.dumps(config, indent=2))
+
+
+def export_model(
+    target: Path,
+    mine: Mapping[str, Promise],
+    convert: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+    metadata: Mapping[str, str],
+    copies: Sequence[Path],
+    *,
+    part: str | None,
+    is_main: bool,
+    barrier: Callable[[], None],
+) -> None:
+    """Writes a model folder: ``model.safetensors`` and ``copies``; every process calls it.
+
+    Args:
+        mine: The weights that this process has.
+        convert: Makes the file's tensors of all weights by name.
+        part: Name of what this process writes, unlike that of any other; None: it writes nothing.
+    """
+    draft = _draft(target)
+    if is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+    barrier()
+    write_tensors(draft / f"part-{part}.safetensors" if part is not None else None, mine)
+    barrier()
+    if is_main:
+        with _appearing_whole(target, copies):
+            parts = sorted(draft.glob("part-*.safetensors"))
+            stored = TensorFiles(parts)
+            tensors = convert({name: stored.read(name) for name in stored.names()})
+            write_tensors(draft / "model.safetensors", {n: Promise.of(t) for n, t in tensors.items()}, metadata)
+            for file in parts:
+                file.unlink()
+    barrier()
+
+
+def _draft(target: Path) -> Path:
+    return target.with_name(f".{target.name}.part")
+
+
+@contextmanager
+def _appearing_whole(target: Path, copies: Sequence[Path]) -> Iterator[Path]:
+    """The folder to write to; it takes the place of ``target`` when all is written."""
+    draft = _draft(target)
+    draft.mkdir(exist_ok=True)
+    try:
+        yield draft
         for file in copies:
             shutil.copy(file, draft / file.name)
         _sync_folder(draft)

@@ -7,6 +7,7 @@ default, and its row in the documentation; `option` declares it.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import tempfile
 import tomllib
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 T = TypeVar("T", bound="Table")
+
+logger = logging.getLogger(__name__)
 
 
 class SettingsError(ValueError):
@@ -33,6 +36,23 @@ class Table(BaseModel):
         defer_build=True,  # ComfyUI loads the package at every start, but rarely validates anything
     )  # fmt: skip
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, values: Any) -> Any:
+        """Takes options by the names that files of other versions have for them; says so once for each."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            for other in other_names(field):
+                if other not in values:
+                    continue
+                if name in values:
+                    raise ValueError(f"{other}: is another name of {name}; leave one of them out")
+                logger.warning("%s: taken as %s, which is its name here", other, name)
+                values[name] = values.pop(other)
+        return values
+
 
 def option(
     default: Any,
@@ -41,8 +61,11 @@ def option(
     step: float | None = None,
     advanced: bool = False,
     multiline: bool = False,
+    lines: bool = False,
     picker: str | None = None,
     ui_max: float | None = None,
+    ui_off: float | None = None,
+    also: tuple[str, ...] = (),
     **constraints: Any,
 ) -> Any:
     """One setting. ``...`` as default makes it required.
@@ -52,13 +75,23 @@ def option(
         step: Increment of the number widget; decides how many decimals ComfyUI shows.
         advanced: Most people never touch it.
         multiline: A text box instead of a line.
+        lines: The same for a list of texts, one on each line.
         picker: The ComfyUI model folder whose files are offered for this path.
         ui_max: Largest value that the widget offers when the setting itself has no upper bound.
+        ui_off: The widget's value that leaves the setting out, where 0 means something else.
+        also: Names that files of other versions have for it.
         constraints: pydantic's own (``ge``, ``gt``, ``le``, ``alias`` ...).
     """
-    widget = {"step": step, "advanced": advanced, "multiline": multiline, "picker": picker, "ui_max": ui_max}
-    extra: Any = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}}
+    widget = {"step": step, "advanced": advanced, "multiline": multiline or lines, "lines": lines, "picker": picker,
+              "ui_max": ui_max, "ui_off": ui_off}  # fmt: skip
+    extra: Any = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}, "also": also}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
+
+
+def other_names(field: Any) -> tuple[str, ...]:
+    """What `option` was told as ``also``."""
+    extra = field.json_schema_extra
+    return extra.get("also", ()) if isinstance(extra, dict) else ()
 
 
 def validate(model: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

@@ -8,13 +8,14 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from .run_folder import RunFolder, Status
+from .run_folder import Command, RunFolder, Status
 from .world import World
 
 logger = logging.getLogger(__name__)
 
-SAVE, STOP = 1, 2
+SAVE, STOP, SAMPLE, PAUSE = 1, 2, 4, 8
 """What a step may be asked to do after it; what any rank was asked, all do."""
+_MEANING: dict[Command, int] = {"save": SAVE, "save_quit": SAVE | STOP, "sample": SAMPLE, "resume": 0}
 
 
 class Stopped(Exception):
@@ -34,6 +35,8 @@ class Control:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Control:
+        if self._world.rank == 0:
+            self._folder.unpause()  # a pause of the run that is resumed is over
         self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -67,7 +70,7 @@ class Control:
         """
         if self._world.rank == 0:
             for command in self._folder.take_requests():
-                self._asked |= STOP if command == "save_quit" else 0
+                self._asked |= _MEANING[command] & (STOP | SAMPLE)
             now = time.monotonic()
             if phase != self.status.phase:
                 self._phase_started = self._phase_said = now
@@ -84,8 +87,9 @@ class Control:
         asked, self._asked = self._asked | (SAVE if save_too else 0), self._asked & STOP
         if self._world.rank == 0:
             for command in self._folder.take_requests():
-                asked |= STOP | SAVE if command == "save_quit" else SAVE
-        return self._world.highest(asked)
+                asked |= _MEANING[command]
+            asked |= PAUSE if self._folder.is_paused() else 0
+        return self._world.union(asked)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked & STOP and number == signal.SIGINT:

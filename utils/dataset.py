@@ -177,6 +177,8 @@ class _Folder:
     def _places(self, found: Properties) -> list[tuple[Bucket, float | None]]:
         """Bucket and start of each sample that a picture or video makes."""
         fps = self._family.fps
+        if found.seconds is None and not self._family.takes_pictures:
+            raise _LeftOut(f"a picture, and this {self._family.title} model trains videos alone")
         if found.seconds is None:
             places: list[tuple[Bucket, float | None]] = [
                 (b, None) for b in self._buckets.choose(found.width, found.height)
@@ -309,7 +311,8 @@ def _subsample(samples: list[Sample], ratio: float) -> list[Sample]:
 
 def scan_name(settings: DatasetSettings, family: Family | type[Family], clip_mode: ClipMode) -> str:
     """Names what `scan` depends on besides the files."""
-    parts = [settings.model_dump(mode="json"), repr(grid_of(family)), family.max_controls, clip_mode]
+    limits = family.max_controls, family.takes_pictures
+    parts = [settings.model_dump(mode="json"), repr(grid_of(family)), limits, clip_mode]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=10).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,27 @@ from torch import nn
 
 
 class Gradients:
-    """The gradients of some parameters in one piece of memory per dtype: emptied, reduced and measured at once."""
+    """The gradients of some parameters in one piece of memory per dtype: emptied, reduced and measured at once.
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    Args:
+        dtype: What gradients of micro-batches are summed in; left out: each in its parameter's own.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> None:
         self._flat: list[torch.Tensor] = []
-        for dtype in dict.fromkeys(p.dtype for p in parameters):
-            group = [p for p in parameters if p.dtype == dtype]
-            flat = torch.zeros(sum(p.numel() for p in group), dtype=dtype, device=group[0].device)
-            for parameter, part in zip(group, flat.split([p.numel() for p in group]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        self.views: dict[str, torch.Tensor] = {}
+        """The gradient of each parameter, by name."""
+        kinds = {name: dtype or parameter.dtype for name, parameter in parameters.items()}
+        for kind in dict.fromkeys(kinds.values()):
+            group = {name: parameters[name] for name in parameters if kinds[name] == kind}
+            sizes = [p.numel() for p in group.values()]
+            flat = torch.zeros(sum(sizes), dtype=kind, device=next(iter(group.values())).device)
+            for (name, parameter), part in zip(group.items(), flat.split(sizes), strict=True):
+                self.views[name] = part.view_as(parameter)
+                if parameter.dtype == kind:
+                    parameter.grad = self.views[name]
+                else:
+                    parameter.register_post_accumulate_grad_hook(_adding_to(self.views[name]))
             self._flat.append(flat)
 
     def zero(self) -> None:
@@ -42,3 +54,12 @@ class Gradients:
         """Multiplies all by ``factor``."""
         for flat in self._flat:
             flat.mul_(factor)
+
+
+def _adding_to(view: torch.Tensor) -> Any:
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        view.add_(parameter.grad)
+        parameter.grad = None
+
+    return add

@@ -34,10 +34,13 @@ class StepGraphs:
 
     Args:
         step: Must do the same work whatever the values are, and add to gradients that exist already.
+        on_failure: Called when recording failed: what ``step`` issued meanwhile never runs.
     """
 
-    def __init__(self, step: Callable[[Tensors, Tensors], torch.Tensor]) -> None:
-        self._step = step
+    def __init__(
+        self, step: Callable[[Tensors, Tensors], torch.Tensor], on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        self._step, self._on_failure = step, on_failure
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[object, ...], _Graph] = {}
         self._seen: set[tuple[object, ...]] = set()
@@ -70,6 +73,7 @@ class StepGraphs:
         except RuntimeError as error:
             self._working = False
             self._graphs.clear()
+            self._on_failure()
             logger.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
             return None
         return _Graph(graph, static, loss)

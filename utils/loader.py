@@ -34,8 +34,15 @@ class Loader:
         rank: int = 0,
         num_ranks: int = 1,
         uncond_fraction: float = 0.0,
+        pinned: bool = False,
     ) -> None:
-        """``uncond_fraction``: share of the times that a sample is trained without its caption."""
+        """
+        Args:
+            uncond_fraction: Share of the times that a sample is trained without its caption.
+            pinned: Batches lie in pinned memory. From other memory the copy of the next batch to the GPU would wait
+                for the running step, and the GPU then for the host.
+        """
+        self._pinned = pinned
         self._cache, self._family, self._seed, self._uncond = cache, family, seed, uncond_fraction
         self._num_micro_batches, self._rank, self._num_ranks = num_micro_batches, rank, num_ranks
         self._remaking = Lock()
@@ -74,30 +81,37 @@ class Loader:
         size = len(draws) // self._num_micro_batches
         examples = list(readers.map(lambda draw: self._example(epoch, draw), draws))
         return [
-            self._collate(examples[n * size : (n + 1) * size], draws[n * size : (n + 1) * size])
+            self.collate(examples[n * size : (n + 1) * size], [d.weight for d in draws[n * size : (n + 1) * size]])
             for n in range(self._num_micro_batches)
         ]
 
-    def _collate(self, examples: Sequence[tuple[Example, torch.Tensor | None]], draws: Sequence[Draw]) -> Batch:
+    def collate(self, examples: Sequence[tuple[Example, torch.Tensor | None]], weights_N: Sequence[float]) -> Batch:
+        """One micro-batch of examples with their masks, each of which weighs so much."""
         batch = self._family.collate([example for example, _ in examples])
-        weights = torch.tensor([draw.weight for draw in draws]).view(-1, *[1] * (batch.target.ndim - 1))
+        weights = torch.tensor(weights_N).view(-1, *[1] * (batch.target.ndim - 1))
         masks = [mask for _, mask in examples]
         if any(mask is not None for mask in masks):
             shape = next(mask.shape for mask in masks if mask is not None)
             stacked = torch.stack([torch.ones(shape) if mask is None else mask / mask.mean() for mask in masks])
             weights = weights * self._family.spread_mask(stacked, batch.target)
         batch.weight = batch.weight * weights
-        return batch
+        return batch.pinned() if self._pinned else batch
 
     def _example(self, epoch: int, draw: Draw) -> tuple[Example, torch.Tensor | None]:
         sample = self._cache.samples[draw.sample]
-        value = self._value(sample, self.view(epoch, sample, draw.repeat))
+        value = self.value(sample, self.view(epoch, sample, draw.repeat))
         source = generator("noise", self._seed, epoch, sample.key, draw.repeat)
         noise = torch.randn(value.media["latents"].shape, generator=source)
         quantile = torch.rand((), generator=source, dtype=torch.float64).clamp(1e-6, 1 - 1e-6).item()
-        return Example(value.media, value.text, noise, quantile, value.controls), value.mask
+        seed = derive_seed("further", self._seed, epoch, sample.key, draw.repeat)
+        return Example(value.media, value.text, noise, quantile, value.controls, seed), value.mask
 
-    def _value(self, sample: Sample, view: View) -> Encoded:
+    def value(self, sample: Sample, view: View) -> Encoded:
+        """What the encoders gave for a sample; made again if it has vanished from the cache.
+
+        Raises:
+            FileNotFoundError: It cannot be made again.
+        """
         value = self._cache.load(sample, view)
         if value is not None:
             return value

@@ -6,37 +6,28 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..models.base import Batch, Family
-from .adapters import alpha_of, export_tensors
-from .checkpoint import Trained, export_adapter, save_checkpoint
-from .control import STOP, Control
+from .checkpoint import save_checkpoint
+from .control import PAUSE, SAMPLE, SAVE, STOP, Control
+from .exports import Exporter
 from .loader import Loader
 from .metrics import Curves, Gpu
+from .observation import Due, Observation
 from .optimizers import learning_rate_factor
 from .pipeline import Engine, as_micro_batches
+from .position import Position
 from .randomness import derive_seed
 from .run_folder import RunFolder
 from .sampler import Sampler
-from .settings import Lora, TrainSettings
+from .settings import TrainSettings
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Position:
-    """Where training stands."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    epoch_loss: float = 0.0
-    """Sum of the losses of this epoch's steps so far."""
 
 
 @dataclass
@@ -44,6 +35,8 @@ class _Running:
     """A step that the device may still be working on."""
 
     step: int
+    place: int
+    """Where it lies on the curves."""
     learning_rate: float
     num_samples: int
     values: torch.Tensor
@@ -66,61 +59,97 @@ class Loop:
     control: Control
     engine: Engine
     trained: Trained
+    exporter: Exporter
     sampler: Sampler
     loader: Loader
+    observation: Observation
     position: Position
     total: int
     num_samples: int
     _running: _Running | None = field(default=None, init=False)
     _finished_at: float = field(default=0.0, init=False)
+    _exported: int = field(default=0, init=False)
+    _saved: int = field(default=0, init=False)
+    _saved_at: float = field(default=0.0, init=False)
 
     def run(self, curves: Curves) -> None:
         """Trains, exports and writes checkpoints; says "finished" or "stopped" at the end."""
         self._curves, self._gpu = curves, Gpu(self.world.device)
-        position, last_checkpoint = self.position, time.monotonic()
-        exported = saved = position.step
+        position = self.position
+        self._exported = self._saved = position.step
+        self._saved_at = time.monotonic()
+        if position.step == 0:
+            self.observation.observe(position, curves, self.observation.due_at_start())
         while position.step < self.total:
             plan = self.sampler.epoch(position.epoch)
-            for batches in self.loader.steps(position.epoch, plan[position.step_in_epoch :]):
-                self._step(batches)
-                end_of_epoch = position.step_in_epoch == len(plan)
-                if end_of_epoch:
+            steps = plan[position.step_in_epoch :]
+            for draws, batches in zip(steps, self.loader.steps(position.epoch, steps), strict=True):
+                self._step(batches, sum(draw.weight > 0 for draw in draws))
+                if position.step_in_epoch == len(plan):
                     self._end_epoch(len(plan))
-                asked = self.control.agree(self._minutes_are_over(last_checkpoint))
-                name = self._export_due(end_of_epoch)
-                if name or (asked and position.step != exported):
-                    self._export(name or f"step{position.step}")
-                    exported = position.step
-                if asked or self._checkpoint_due(end_of_epoch):
-                    self._checkpoint()
-                    saved, last_checkpoint = position.step, time.monotonic()
-                if asked & STOP:
+                if self._between_steps() & STOP:
                     logger.info("stopped as asked after step %d", position.step)
-                    self.control.say(state="stopped", eta=None)
+                    self.control.say(state="stopped", phase="", eta=None)
                     return
                 if position.step >= self.total:
                     break
-        if exported != position.step:
+        if self._exported != position.step:
             self._export(f"step{position.step}" if position.step_in_epoch else f"epoch{position.epoch}")
-        if saved != position.step:
+        if self._saved != position.step:
             self._checkpoint()
         logger.info("finished after %d steps", position.step)
         self.control.say(state="finished", eta=0.0)
 
+    def _between_steps(self) -> int:
+        """Saves, measures and draws what is due or asked for, waits while the run is paused; what was asked."""
+        asked = self.control.agree(self._minutes_are_over())
+        self._save(asked, self._export_due(), self._checkpoint_due())
+        due = self.observation.due(self.position)
+        while not asked & STOP:
+            if asked & SAMPLE:
+                due = replace(due, draw=True)
+            if due:
+                self._settle()
+                self.observation.observe(self.position, self._curves, due)
+                self._finished_at, due = time.monotonic(), Due()
+            if not asked & PAUSE:
+                break
+            asked = self._wait()
+            self._save(asked)
+        return asked
+
+    def _save(self, asked: int, name: str | None = None, checkpoint: bool = False) -> None:
+        """Exports as ``name``, or if asked to save, and writes a checkpoint."""
+        asked_to_save = bool(asked & (SAVE | STOP))
+        if name or (asked_to_save and self.position.step != self._exported):
+            self._export(name or f"step{self.position.step}")
+        if (asked_to_save and self.position.step != self._saved) or checkpoint:
+            self._checkpoint()
+
+    def _wait(self) -> int:
+        """Waits until something else is asked than to wait; what that is."""
+        self._settle()
+        logger.info("paused after step %d; remove the file 'pause' or leave one called 'resume'", self.position.step)
+        self.control.say(state="paused", phase="", eta=None)
+        while (asked := self.control.agree(self._minutes_are_over())) == PAUSE:
+            time.sleep(0.25)
+        self.control.say(state="training")
+        self._finished_at = time.monotonic()
+        return asked
+
     # -- steps --------------------------------------------------------------------------------------
 
-    def _step(self, batches: Sequence[Batch]) -> None:
-        s, position, optimizer = self.settings, self.position, self.trained.optimizer
+    def _step(self, batches: Sequence[Batch], num_examples: int) -> None:
+        s, position, groups = self.settings, self.position, self.trained.groups
         factor = learning_rate_factor(s, position.step, self.total)
-        for group in optimizer.param_groups:
+        for group in groups:
             group["lr"] = group["initial_lr"] * factor
         stage, rank = self.engine.grid.get_stage_id(), self.engine.grid.get_data_parallel_rank()
         torch.manual_seed(derive_seed("dropout", s.seed, position.step, stage, rank))
         before, started = self._running, time.monotonic()
         loss = self.engine.train_batch(as_micro_batches(batches))
-        position.step += 1
-        position.step_in_epoch += 1
-        self._running = self._follow(loss, optimizer.param_groups[0]["lr"], batches)
+        position.advance(num_examples)
+        self._running = self._follow(loss, groups[0]["lr"] if groups else 0.0, batches)
         if before is None:
             self._finished_at = started
         else:
@@ -134,7 +163,8 @@ class Loop:
             values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)  # unpinned, the copy would wait
             done = torch.cuda.Event()
             done.record()
-        return _Running(self.position.step, learning_rate, num_samples, values, done)
+        place = self.position.place(self.settings.x_axis_examples)
+        return _Running(self.position.step, place, learning_rate, num_samples, values, done)
 
     def _settle(self) -> None:
         """Waits for the running step and reports it."""
@@ -156,7 +186,7 @@ class Loop:
         if running.step % self.settings.logging_steps == 0:
             curves = {"loss": loss, "lr": running.learning_rate, "grad_norm": grad_norm, "step_seconds": seconds}
             curves["samples_per_second"] = running.num_samples / seconds
-            self._curves.add(running.step, **curves, **self._gpu.values())
+            self._curves.add(running.place, **curves, **self._gpu.values())
         self._say(running, loss, seconds)
 
     def _say(self, running: _Running, loss: float, seconds: float) -> None:
@@ -181,51 +211,43 @@ class Loop:
         self._settle()
         position = self.position
         self._curves.add(position.epoch + 1, epoch_loss=position.epoch_loss / num_steps)
-        position.epoch, position.step_in_epoch, position.epoch_loss = position.epoch + 1, 0, 0.0
+        position.end_epoch()
 
     # -- saving -------------------------------------------------------------------------------------
 
-    def _minutes_are_over(self, last_checkpoint: float) -> bool:
+    def _minutes_are_over(self) -> bool:
         minutes = self.settings.checkpoint_every_n_minutes
-        return bool(self.world.rank == 0 and minutes and time.monotonic() - last_checkpoint >= 60 * minutes)
+        return bool(self.world.rank == 0 and minutes and time.monotonic() - self._saved_at >= 60 * minutes)
 
-    def _export_due(self, end_of_epoch: bool) -> str | None:
+    def _export_due(self) -> str | None:
         s, position = self.settings, self.position
-        if end_of_epoch and s.save_every_n_epochs and position.epoch % s.save_every_n_epochs == 0:
+        if position.passed(epochs=s.save_every_n_epochs):
             return f"epoch{position.epoch}"
-        if s.save_every_n_steps and position.step % s.save_every_n_steps == 0:
-            return f"step{position.step}"
-        return None
+        return f"step{position.step}" if position.passed(s.save_every_n_steps, s.save_every_n_examples) else None
 
-    def _checkpoint_due(self, end_of_epoch: bool) -> bool:
-        every = self.settings.checkpoint_every_n_epochs
-        return bool(end_of_epoch and every and self.position.epoch % every == 0)
+    def _checkpoint_due(self) -> bool:
+        s = self.settings
+        return self.position.passed(s.checkpoint_every_n_steps, epochs=s.checkpoint_every_n_epochs)
 
     def _export(self, name: str) -> None:
+        self._exported = self.position.step
         self._settle()
-        parts = self.world.gather(self.trained.weights() if self.engine.grid.get_data_parallel_rank() == 0 else {})
-        if self.world.rank == 0:
-            s, path = self.settings, self.folder.path / name
-            assert isinstance(s.adapter, Lora)
-            weights = {key: value for part in parts for key, value in part.items()}
-            tensors = export_tensors(weights, self.family, s.adapter, getattr(torch, s.adapter.dtype or s.save_dtype))
-            copies = [self.folder.train_toml, self.folder.dataset_toml]
-            export_adapter(path, tensors, self._metadata(s.adapter), _adapter_config(s, s.adapter, weights), copies)
-            status = self.control.status
-            status.exports = [*(export for export in status.exports if export != str(path)), str(path)]
-            logger.info("LoRA written to %s", path)
-        self.world.barrier()
+        with self.engine.module.at_rest():
+            path = str(self.exporter.write(name, self.position.step, self.position.epoch))
+        status = self.control.status
+        status.exports = [*(export for export in status.exports if export != path), path]
         self.control.say(now=True)
 
     def _checkpoint(self) -> None:
+        self._saved = self.position.step
         self._settle()
         s, grid = self.settings, self.engine.grid
         progress = {"position": vars(self.position), "seed": s.seed, "num_samples": self.num_samples}
         path = save_checkpoint(
             self.folder,
             self.position.step,
-            grid.get_stage_id(),
-            grid.get_data_parallel_rank() == 0,
+            f"{grid.get_stage_id()}-{self.trained.share.rank}",
+            grid.get_data_parallel_rank() == self.trained.share.rank,
             self.world.rank == 0,
             self.trained,
             progress,
@@ -234,29 +256,5 @@ class Loop:
         )
         self.control.status.checkpoint = str(path)
         logger.info("checkpoint written to %s", path)
+        self._saved_at = time.monotonic()
         self.control.say(now=True)
-
-    def _metadata(self, adapter: Lora) -> dict[str, str]:
-        return {
-            "format": "pt",
-            "base_model": self.settings.model.type,
-            "network_alpha": str(alpha_of(adapter)),
-            "rank": str(adapter.rank),
-            "steps": str(self.position.step),
-            "epoch": str(self.position.epoch),
-            "seed": str(self.settings.seed),
-            "trained_with": "diffusion-trainer",
-        }
-
-
-def _adapter_config(settings: TrainSettings, adapter: Lora, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """What peft writes beside an adapter."""
-    return {
-        "peft_type": "LORA",
-        "r": adapter.rank,
-        "lora_alpha": alpha_of(adapter),
-        "lora_dropout": adapter.dropout,
-        "bias": "none",
-        "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
-        "base_model_type": settings.model.type,
-    }

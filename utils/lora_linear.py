@@ -2,7 +2,8 @@
 
 Written in plain torch operations it costs two more passes over the output and one over the input's gradient,
 and torch.compile copies the output before it adds to it. As operators of our own the additions happen inside
-the matrix multiplications, in place.
+the matrix multiplications, in place. The small product comes first: the large one, bound by arithmetic, then
+reads it along the way, where the small one, bound by memory, would have to read and write the large output.
 
 Shape legend: M rows (tokens of all samples), I inputs, O outputs, R rank.
 """
@@ -26,8 +27,8 @@ def lora_linear(
     """``x W' + b + (x D') U'`` and the inner ``x D'`` (M, R), all in the dtype of ``x_MI``; W may be stored
     in another dtype, with a scale for each output."""
     inner_MR = x_MI @ down_RI.t()
-    output_MO = F.linear(x_MI, convert(weight_OI, scale_O1, x_MI.dtype), bias_O)
-    return output_MO.addmm_(inner_MR, up_OR.t()), inner_MR
+    output_MO = F.linear(inner_MR, up_OR, bias_O)
+    return output_MO.addmm_(x_MI, convert(weight_OI, scale_O1, x_MI.dtype).t()), inner_MR
 
 
 @torch.library.custom_op("diffusion_trainer::lora_linear_backward", mutates_args=())
@@ -45,7 +46,7 @@ def lora_linear_backward(
     grad_inner_MR = grad_MO @ up_OR
     grad_x_MI = grad_MO.new_empty(0)
     if needs_x:
-        grad_x_MI = (grad_MO @ convert(weight_OI, scale_O1, grad_MO.dtype)).addmm_(grad_inner_MR, down_RI)
+        grad_x_MI = (grad_inner_MR @ down_RI).addmm_(grad_MO, convert(weight_OI, scale_O1, grad_MO.dtype))
     return grad_x_MI, grad_inner_MR.t() @ x_MI, grad_MO.t() @ inner_MR
 
 

@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
 
 class Curves:
-    """Writes scalars to the run folder on one rank; elsewhere does nothing."""
+    """Writes scalars and pictures to the run folder on one rank; elsewhere does nothing.
 
-    def __init__(self, folder: Path | None, x_axis_examples: bool, global_batch: int, purge_after: int | None) -> None:
-        self._scale = global_batch if x_axis_examples else 1
-        purge = None if purge_after is None else (purge_after + 1) * self._scale
+    A place on the curves is a number of steps or of samples, as the run counts.
+    """
+
+    def __init__(self, folder: Path | None, purge_after: int | None) -> None:
+        """``purge_after``: the place after which points of an earlier process no longer hold."""
+        purge = None if purge_after is None else purge_after + 1
         self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
-    def add(self, step: int, **values: float) -> None:
-        """One point of each curve ``train/<name>`` after ``step`` optimizer steps."""
+    def add(self, place: int, **values: float) -> None:
+        """One point of each curve ``train/<name>``."""
+        self.add_all(place, {f"train/{name}": value for name, value in values.items()})
+
+    def add_all(self, place: int, values: Mapping[str, float]) -> None:
+        """One point of each curve, by its whole name."""
         if self._writer:
             for name, value in values.items():
-                self._writer.add_scalar(f"train/{name}", value, step * self._scale)
+                self._writer.add_scalar(name, value, place)
+
+    def add_pictures(self, place: int, pictures: Sequence[Sequence[Image.Image]], fps: float) -> None:
+        """Pictures ``samples/00`` ..., clips as moving ones."""
+        for number, frames in enumerate(pictures):
+            if self._writer:
+                buffer = io.BytesIO()
+                kind: dict[str, Any] = {"format": "png"}
+                if len(frames) > 1:
+                    kind = {"format": "gif", "save_all": True, "append_images": frames[1:], "loop": 0,
+                            "duration": round(1000 / fps)}  # fmt: skip
+                frames[0].save(buffer, **kind)
+                width, height = frames[0].size
+                image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+                summary = Summary(value=[Summary.Value(tag=f"samples/{number:02d}", image=image)])
+                self._writer._get_file_writer().add_summary(summary, place)
+                self._writer.flush()
 
     def __enter__(self) -> Curves:
         return self

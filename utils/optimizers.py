@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import SettingsError
+from .finetune import rate_of
 from .settings import Optimizer, TrainSettings
 
 
@@ -89,15 +90,31 @@ class Automagic(torch.optim.Optimizer):
         return row_part * state["columns"].rsqrt().unsqueeze(-2)
 
 
-def build_optimizer(
-    settings: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device
-) -> torch.optim.Optimizer:
-    """The optimizer that ``[optimizer]`` asks for.
+KAHAN = ("adamw_optimi", "stableadamw")
+"""Types whose optimizers keep a Kahan sum for bfloat16 weights: the bits that their sum loses."""
+
+
+def keeps_kahan_sums(settings: Optimizer) -> bool:
+    """Whether the optimizer steps bfloat16 weights as they are, without a float32 copy."""
+    return settings.type.lower() in KAHAN
+
+
+def build_optimizers(
+    settings: Optimizer, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float] | None = None
+) -> list[torch.optim.Optimizer]:
+    """The optimizer that ``[optimizer]`` asks for; none where there is nothing to train.
+
+    Args:
+        parameters: What it trains, by name.
+        rates: Learning rates by regular expression of names; the first that is found in a name counts.
 
     Raises:
         SettingsError: The type is unknown, needs a GPU that is not there, or does not take an argument.
     """
-    kind = _optimizer_class(settings.type, device)
+    if not parameters:
+        return []
+    device = next(iter(parameters.values())).device
+    kind = _optimizer_class(settings.type)
     arguments = settings.model_dump(exclude_none=True, exclude={"type"}) | (settings.model_extra or {})
     for ignored in _IGNORED.get(settings.type.lower(), ()):
         arguments.pop(ignored, None)
@@ -112,19 +129,26 @@ def build_optimizer(
         arguments = {"relative_step": False, "scale_parameter": False} | arguments
     if kind is torch.optim.AdamW:
         arguments = {"fused": device.type == "cuda"} | arguments
-    plain = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in plain if p.ndim > 1]},
-        {"params": [p for p in plain if p.ndim <= 1], "weight_decay": 0.0},
+    return [kind(_groups(parameters, rates or {}), **arguments)]
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameters by learning rate, and those of one dimension apart, which are not decayed."""
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = rate_of(name, rates)
+        groups.setdefault((rate, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": group, **({} if rate is None else {"lr": rate}), **({} if decayed else {"weight_decay": 0.0})}
+        for (rate, decayed), group in sorted(groups.items(), key=lambda item: (item[0][0] or -1.0, not item[0][1]))
     ]
-    return kind([group for group in groups if group["params"]], **arguments)
 
 
 _IGNORED = {"automagic": ("lr", "betas"), "adamw8bitkahan": ("stabilize",)}
 """Arguments of files that people have which mean nothing to that optimizer."""
 
 
-def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     match name.lower():
         case "adamw":
             return torch.optim.AdamW
@@ -141,8 +165,6 @@ def _optimizer_class(name: str, device: torch.device) -> type[torch.optim.Optimi
 
             return optimi.StableAdamW
         case "adamw8bit" | "adamw8bitkahan":  # Kahan sums guard bfloat16 weights; those of an adapter are float32
-            if device.type == "cpu":
-                raise SettingsError(f"optimizer.type: {name} needs a GPU; use adamw here")
             import bitsandbytes
 
             return bitsandbytes.optim.AdamW8bit

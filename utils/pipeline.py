@@ -17,7 +17,9 @@ import contextlib
 import io
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +30,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..models.base import Batch, Layer
+from .checkpointing import Checkpointing
 from .config import SettingsError
-from .gradients import Gradients
 from .graphs import StepGraphs
+from .offload import BlockSwap
+from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -75,14 +78,13 @@ class Chain(PipelineModule):
         num_stages: int,
         bounds: Sequence[int],
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
-        checkpointing: bool,
+        checkpointing: Checkpointing,
+        swap: BlockSwap | None = None,
         compiled: bool = False,
         memory_budget: float | None = None,
-        random: bool = True,
     ) -> None:
         self._bounds = list(bounds)
-        self._random = random
-        self._checkpointing = checkpointing and memory_budget is None
+        self._checkpointing, self.swap = checkpointing, swap
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
             super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
@@ -100,12 +102,42 @@ class Chain(PipelineModule):
 
     def forward(self, inputs: Any) -> Any:
         """Runs this stage on a tuple of tensors."""
+        self._checkpointing.start()
+        if self.swap:
+            self.swap.start()
+        number = 0
         for link in self.forward_funcs:
-            if self._checkpointing and link.layer.is_block and torch.is_grad_enabled():
-                inputs = checkpoint(link, *inputs, use_reentrant=False, preserve_rng_state=self._random)
-            else:
-                inputs = link(*inputs)
+            run: Callable[..., Any] = link
+            if link.layer.is_block:
+                run, number = partial(self._block, number, link), number + 1
+            inputs = self.swap.run(link.layer.name, run, inputs) if self.swap else run(*inputs)
         return inputs
+
+    def _block(self, number: int, link: Link, *inputs: torch.Tensor) -> Any:
+        return self._checkpointing.run(number, link, inputs)
+
+    def settle(self) -> None:
+        """What swapping and checkpointing copy meanwhile is done before work that is issued from now on."""
+        self._checkpointing.finish()
+        if self.swap:
+            self.swap.settle()
+
+    def at_rest(self) -> AbstractContextManager[None]:
+        """All weights can be read."""
+        return self.swap.at_rest() if self.swap else contextlib.nullcontext()
+
+    def resident(self) -> AbstractContextManager[None]:
+        """All blocks are on the device."""
+        return self.swap.resident() if self.swap else contextlib.nullcontext()
+
+    def hooked(self) -> AbstractContextManager[None]:
+        """The modules of this stage can be called by themselves, without gradients."""
+        return self.swap.hooked() if self.swap else contextlib.nullcontext()
+
+    def forget(self) -> None:
+        """What was issued last may never have run."""
+        if self.swap:
+            self.swap.forget()
 
 
 def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequence[int] | None) -> list[int]:
@@ -140,19 +172,18 @@ class Engine(PipelineEngine):
 
     control: Any = None
     max_norm: float = 0.0
-    grads: Gradients
+    trained: Trained
     total_loss: torch.Tensor | None
     grad_layer: list[torch.Tensor] | None
     grad_norm: torch.Tensor
     """Length of the last step's gradient before clipping, on the device."""
     _graphs: StepGraphs | None = None
 
-    def prepare(self, world: World, max_norm: float, use_graphs: bool) -> None:
+    def prepare(self, trained: Trained, world: World, max_norm: float, use_graphs: bool) -> None:
         """What DeepSpeed's constructor has no place for."""
-        self.control, self.max_norm = world.control, max_norm
-        self.grads = Gradients([p for p in self.module.parameters() if p.requires_grad])
+        self.trained, self.control, self.max_norm = trained, world.control, max_norm
         if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
-            self._graphs = StepGraphs(self._micro_step)
+            self._graphs = StepGraphs(self._micro_step, self.module.forget)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
@@ -172,6 +203,7 @@ class Engine(PipelineEngine):
         run = self._graphs or self._micro_step
         for _ in range(self.micro_batches):
             inputs, labels = (self._to_device(part) for part in next(data_iter))
+            self.module.settle()  # evaluation may have left it otherwise; a graph begins as it was recorded
             loss = run(inputs, labels)
             self.total_loss = loss if self.total_loss is None else self.total_loss + loss
         self._exec_reduce_grads()
@@ -180,18 +212,56 @@ class Engine(PipelineEngine):
     def _micro_step(self, inputs: tuple[torch.Tensor, ...], labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
         loss = self.module.loss_fn(self.module(inputs), labels)
         (loss / self.micro_batches).backward()
+        self.module.settle()
         return loss.detach()
+
+    def measure(self, batches: Iterable[Batch], resident: bool = False) -> list[float]:
+        """The loss of each sample of ``batches``, forward only, on the last stage; elsewhere nothing.
+
+        All stages are given the same batches. Weights, gradients and random state stay as they are.
+
+        Args:
+            resident: Blocks that are swapped in training stay on the GPU meanwhile.
+        """
+        training = self.module.training
+        self.module.eval()
+        self._reserve_pipe_buffers(1)
+        losses = []
+        with torch.no_grad(), self.module.resident() if resident else contextlib.nullcontext():
+            for inputs, labels in as_micro_batches(batches):
+                if self.is_first_stage():
+                    self.pipe_buffers["inputs"][0] = self._to_device(inputs)
+                else:
+                    self._exec_recv_activations(0)
+                outputs = self.module(self.pipe_buffers["inputs"][0])
+                if self.is_last_stage():
+                    losses.append(self._losses(outputs, self._to_device(labels)))
+                else:
+                    self.pipe_buffers["outputs"][0] = outputs
+                    self._exec_send_activations(0)
+        self.pipe_buffers["inputs"][0] = self.pipe_buffers["outputs"][0] = None
+        self.module.settle()
+        self.module.train(training)
+        return torch.cat(losses).tolist() if losses else []
+
+    def _losses(self, outputs: torch.Tensor, labels: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The loss of each row of a batch."""
+        target, weight = labels
+        rows = [weight[n : n + 1] if weight.ndim and len(weight) == len(target) else weight for n in range(len(target))]
+        return torch.stack(
+            [self.module.loss_fn(outputs[n : n + 1], (target[n : n + 1], row)) for n, row in enumerate(rows)]
+        )
 
     def _to_device(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def _exec_reduce_grads(self) -> None:
         if self.is_data_parallel:
-            self.grads.average(self.grid.get_data_parallel_group())
+            self.trained.gradients.average(self.grid.get_data_parallel_group())
 
     def zero_grad(self, *unused: Any) -> None:
         """Empties the gradients in place; they stay where graphs and collectives expect them."""
-        self.grads.zero()
+        self.trained.gradients.zero()
 
     def _broadcast_model(self) -> None:  # quirk broadcast
         """Nothing to send: weights are read from the same files, adapters initialised by name."""
@@ -267,17 +337,23 @@ class Engine(PipelineEngine):
             dist.recv(grad, source)
         self.grad_layer = grads
 
-    def clip_fp32_gradients(self) -> None:  # quirk clipping
+    def _exec_optimizer_step(self, *unused: Any) -> None:
+        self._clip()
+        self.trained.step()
+        self.zero_grad()
+
+    def _clip(self) -> None:  # quirk clipping
         """Measures the gradient's length over all stages and shortens it to `max_norm` (0: leaves it)."""
-        square = self.grads.squared_norm(self.device)
+        square = self.trained.gradients.squared_norm(self.device)
         if self.is_pipe_parallel:
             dist.all_reduce(square, group=self.grid.get_pipe_parallel_group())
         self.grad_norm = square.sqrt()
         if self.max_norm > 0:
-            self.grads.scale((self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
+            self.trained.gradients.scale((self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     _INSTRUCTION_MAP: ClassVar[dict[type, Callable[..., None]]] = {
         **PipelineEngine._INSTRUCTION_MAP,
+        schedule.OptimizerStep: _exec_optimizer_step,
         schedule.ReduceGrads: _exec_reduce_grads,
         schedule.LoadMicroBatch: _exec_load_micro_batch,
         schedule.ForwardPass: _exec_forward_pass,
@@ -291,7 +367,7 @@ class Engine(PipelineEngine):
 
 def build_engine(
     chain: Chain,
-    optimizer: torch.optim.Optimizer,
+    trained: Trained,
     world: World,
     *,
     micro_batch: int,
@@ -299,11 +375,10 @@ def build_engine(
     max_norm: float,
     use_graphs: bool = False,
 ) -> Engine:
-    """The engine that trains ``chain`` with ``optimizer`` (of this stage's parameters)."""
+    """The engine that trains ``chain``; ``trained`` are this stage's weights."""
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": num_micro_batches,
-        "gradient_clipping": 1.0,  # makes DeepSpeed call clip_fp32_gradients, which has the real value
         "steps_per_print": 10**9,
     }
     mpu = chain.mpu()
@@ -311,18 +386,18 @@ def build_engine(
         engine = Engine(
             args=None,
             model=chain,
-            optimizer=optimizer,
+            optimizer=torch.optim.SGD([torch.zeros(())]),  # DeepSpeed wants one; ours step in `Trained`
             mpu=mpu,
             config=config,
             config_class=DeepSpeedConfig(config, mpu),
             dont_change_device=True,
         )
-    engine.prepare(world, max_norm, use_graphs)
+    engine.prepare(trained, world, max_norm, use_graphs)
     return engine
 
 
 def as_micro_batches(
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]]:
     """Batches in the form that the engine reads."""
     for batch in batches:

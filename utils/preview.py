@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -48,6 +49,17 @@ def contact_sheet(samples: Sequence[Sample], fps: float | None) -> Image.Image:
         for left, cell in zip(_starts(widths), row, strict=False):
             sheet.paste(cell, (left, top))
     return sheet
+
+
+def dump(samples: Sequence[Sample], folder: Path, fps: float | None) -> int:
+    """Writes each sample to ``folder``: its frames at full size, mask tinted, then its controls; returns how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, sample in enumerate(samples):
+        name = f"{number:03d}_{sample.bucket.width}x{sample.bucket.height}"
+        for part, picture in enumerate(_pictures(sample, fps)):
+            picture.save(folder / f"{name}_{part}.png")
+        (folder / f"{name}.txt").write_text("\n".join(sample.captions), "utf-8")
+    return len(samples)
 
 
 def _cell(sample: Sample, fps: float | None) -> Image.Image:

@@ -18,10 +18,10 @@ from typing import Literal
 
 from .config import write_whole
 
-State = Literal["starting", "caching", "training", "finished", "stopped", "failed"]
+State = Literal["starting", "caching", "training", "paused", "finished", "stopped", "failed"]
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
-Command = Literal["save", "save_quit"]
-COMMANDS: tuple[Command, ...] = ("save", "save_quit")
+Command = Literal["save", "save_quit", "sample", "resume"]
+COMMANDS: tuple[Command, ...] = ("save", "save_quit", "sample", "resume")
 
 _NAME = re.compile(r"\d{8}_\d{2}-\d{2}-\d{2}(_\d+)?$")
 
@@ -50,6 +50,14 @@ class Status:
     exports: list[str] = field(default_factory=list)
     """Exported adapter or model folders, oldest first."""
     checkpoint: str | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)
+    """Newest loss of each eval set."""
+    eval_step: int | None = None
+    """The step after which they were measured."""
+    samples: list[str] = field(default_factory=list)
+    """Files of the newest drawing, in the order of the prompts."""
+    samples_step: int | None = None
+    """The step after which they were drawn."""
     error: str | None = None
     """Why it failed, in one or a few lines."""
     updated: float = 0.0
@@ -68,6 +76,8 @@ class RunFolder:
         self.latest = path / "latest"
         """Text file that names the newest checkpoint folder."""
         self._status = path / "status.json"
+        self._pause = path / "pause"
+        """While this file is there, training waits."""
 
     @classmethod
     def create(cls, output_dir: Path) -> RunFolder:
@@ -118,7 +128,21 @@ class RunFolder:
                 os.unlink(self.path / command)
             except FileNotFoundError:
                 continue
+            if command == "resume":
+                self.unpause()
             yield command
+
+    def pause(self) -> None:
+        """Asks the training to wait after its current step, until `unpause`."""
+        self._pause.touch()
+
+    def unpause(self) -> None:
+        """Lets the training go on; leaving the command "resume" does the same."""
+        self._pause.unlink(missing_ok=True)
+
+    def is_paused(self) -> bool:
+        """Whether the training is asked to wait."""
+        return self._pause.exists()
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoint folders, oldest first."""

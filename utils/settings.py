@@ -5,20 +5,25 @@ The order of fields is the order in documentation. Keys are those of the files t
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
-from ..models import families
+from ..models import configs, family_named
 from ..models.base import Family, ModelConfig
 from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
 
 logger = logging.getLogger(__name__)
+
+
+ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
 
 
 class Lora(Table):
@@ -86,11 +91,106 @@ class Monitoring(Table):
     wandb_tracker_name: str | None = option(None, "Project name there.")
     wandb_run_name: str | None = option(None, "Run name there.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_key(cls, values: Any) -> Any:
+        """A key in a file would be copied into every run folder."""
+        if not isinstance(values, Mapping) or "wandb_api_key" not in values:
+            return values
+        logger.warning("monitoring.wandb_api_key: not used; put the key into the variable WANDB_API_KEY")
+        return {key: value for key, value in values.items() if key != "wandb_api_key"}
+
+
+class EvalDataset(Table):
+    """One ``[[eval_datasets]]``: pictures whose loss is measured, but which are not trained."""
+
+    name: str = option(..., "What its curves are called.", min_length=1)
+    config: str | dict[str, Any] = option(..., "The dataset's TOML.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_alone(cls, value: Any) -> Any:
+        return {"name": Path(value).stem, "config": value} if isinstance(value, str) else value
+
+    @field_validator("config")
+    @classmethod
+    def _dataset(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(value, dict):  # from the canvas; the run folder gets it as a file
+            parse_dataset_settings(value)
+        return value
+
+
+class Sampling(Table):
+    """Pictures or clips that are drawn while training, always from the same noise, to see how it goes."""
+
+    prompts: list[str] = option(
+        [], "What is drawn, one prompt each. Left out: nothing.", lines=True, also=("sample_prompt",)
+    )
+    negative_prompt: str = option("", "What is not to be seen, for all prompts.")
+    images: list[str] = option(
+        [],
+        "For edit models and image-to-video models: the picture that each prompt starts from, or one for all.",
+        lines=True,
+    )
+    every_n_epochs: int | None = option(
+        None, "Draw after every so many epochs. Left out: not by epochs.", ge=1, step=1, also=("sample_every_n_epochs",)
+    )
+    every_n_steps: int | None = option(
+        None, "Draw after every so many steps. Left out: not by steps.", ge=1, step=1, also=("sample_every_n_steps",)
+    )
+    before_first_step: bool = option(True, "Draw also before training begins, to compare with.")
+    width: int = option(1024, "Width in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    height: int = option(1024, "Height in pixels; rounded to what the model takes.", ge=16, step=16, ui_max=8192)
+    frames: int = option(
+        1, "Frames of each clip, for video models; rounded to what the model takes. 1 draws a picture.",
+        ge=1, step=1, ui_max=1000,
+    )  # fmt: skip
+    steps: int = option(20, "Denoising steps.", ge=1, step=1, ui_max=1000, also=("num_inference_steps",))
+    guidance: float | None = option(
+        None,
+        "Guidance scale of the model's pipeline. Left out: what is usual for the model.",
+        ge=0,
+        step=0.1,
+        ui_max=100,
+        also=("guidance_scale",),
+    )
+    true_cfg: float = option(
+        1.0,
+        "For models with distilled guidance, such as Flux: strength of the negative prompt. 1 leaves it out; more "
+        "takes twice as long.",
+        ge=1,
+        step=0.1,
+        ui_max=100,
+        advanced=True,
+    )
+    seed: int = option(0, "Fixes the noise that each drawing begins with.", ge=0, le=2**63 - 1, step=1)
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("every_n_steps", "every_n_epochs", mode="before")
+    @classmethod
+    def _zero_is_never(cls, value: Any) -> Any:
+        return value or None
+
+    @model_validator(mode="after")
+    def _images(self) -> Sampling:
+        if len(self.images) not in (0, 1, len(self.prompts)):
+            raise ValueError(
+                f"sample.images: give one for all prompts or one for each of the {len(self.prompts)}, "
+                f"got {len(self.images)}"
+            )
+        return self
+
 
 class TrainSettings(Table):
     """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
-    output_dir: str = option(..., "Folder that receives one run folder for each training.")
+    output_dir: str = option(
+        "output", "Folder that receives one run folder for each training, relative to where training is started."
+    )
     dataset: str | None = option(None, "The dataset's TOML. Left out: dataset.toml beside this file.")
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
@@ -118,6 +218,24 @@ class TrainSettings(Table):
     )
     seed: int = option(
         0, "Fixes order, noise, timesteps and the adapter's initial weights.", ge=0, le=2**63 - 1, step=1
+    )
+
+    train_only: list[str] | None = option(
+        None,
+        "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
+        multiline=True,
+        advanced=True,
+    )
+    freeze: list[str] | None = option(
+        None,
+        "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
+        multiline=True,
+        advanced=True,
+    )
+    learning_rates: dict[str, float] = option(
+        {},
+        "Learning rates of weights in whose name a regular expression is found; the first counts, 0 freezes.",
+        advanced=True,
     )
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = option(
@@ -149,17 +267,24 @@ class TrainSettings(Table):
     partition_split: list[int] | None = option(
         None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True
     )
-    activation_checkpointing: bool | Literal["unsloth"] = option(
+    activation_checkpointing: ActivationCheckpointing = option(
         True,
         "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more "
-        "time.",
+        "time. In a file also a number (2: every second block), 'selective' (keep results of matrix products and "
+        "attention, recompute the rest) or 'unsloth' (recompute, and keep the blocks' inputs in main memory).",
     )
     reentrant_activation_checkpointing: bool = option(
         False,
         "Accepted from older files; checkpointing always takes the newer form, whose results are the same.",
         advanced=True,
     )
-    blocks_to_swap: int = option(0, "Blocks that wait in main memory until they are needed.", ge=0, step=1, ui_max=200)
+    blocks_to_swap: int = option(
+        0,
+        "Blocks whose frozen weights wait in main memory until they are needed. Two at a time are on the GPU.",
+        ge=0,
+        step=1,
+        ui_max=200,
+    )
     disable_block_swap_for_eval: bool = option(False, "Keep all blocks on the GPU during evaluation.", advanced=True)
     compile: bool = option(
         False, "Compile the blocks with torch.compile: faster steps after a slower start.", advanced=True
@@ -186,6 +311,9 @@ class TrainSettings(Table):
     save_every_n_steps: int | None = option(
         None, "Export the adapter or model after every so many steps. Left out: not by steps.", ge=1, step=1
     )
+    save_every_n_examples: int | None = option(
+        None, "Export the adapter or model after every so many pictures. Left out: not by pictures.", ge=1, step=1
+    )
     save_dtype: Dtype = option("bfloat16", "Precision of exported weights.")
     checkpoint_every_n_epochs: int | None = option(
         None,
@@ -193,12 +321,28 @@ class TrainSettings(Table):
         ge=1,
         step=1,
     )
+    checkpoint_every_n_steps: int | None = option(
+        None, "Write a checkpoint after every so many steps. Left out: not by steps.", ge=1, step=1
+    )
     checkpoint_every_n_minutes: int | None = option(
         None, "Write a checkpoint every so many minutes. Left out: not by time.", ge=1, step=1
     )
     checkpoints_to_keep: int = option(2, "Older checkpoints are removed.", ge=1, step=1, ui_max=1000, advanced=True)
     resume_from_checkpoint: bool | str = option(
         False, "Go on from the newest run (true) or from the run folder of this name.", advanced=True
+    )
+
+    reset_dataloader: bool = option(
+        False, "When resuming, begin the epoch that was stopped with its first picture again.", advanced=True
+    )
+    reset_optimizer: bool = option(
+        False, "When resuming, take the weights alone: running averages of the optimizer begin anew.", advanced=True
+    )
+    reset_optimizer_params: bool = option(
+        False,
+        "When resuming, take the optimizer's numbers (weight_decay, betas ...) from these settings, not from the "
+        "checkpoint. Its learning rate always comes from here.",
+        advanced=True,
     )
 
     caching_batch_size: int = option(
@@ -232,19 +376,48 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    dump_dataset: str | None = option(
+        None,
+        "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
+        "Left out: train.",
+        advanced=True,
+    )
+    i_know_what_i_am_doing: bool = option(
+        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+    )
 
-    eval_datasets: list[Any] = option([], "Datasets whose loss is measured while training.", multiline=True)
+    eval_datasets: list[EvalDataset] = option(
+        [], "Datasets whose loss is measured while training: TOML files, or tables with name and config.", lines=True
+    )
     eval_every_n_epochs: int | None = option(
         None, "Measure the loss of eval_datasets every so many epochs. Left out: not by epochs.", ge=1, step=1
     )
     eval_every_n_steps: int | None = option(
         None, "Measure the loss of eval_datasets every so many steps. Left out: not by steps.", ge=1, step=1
     )
-    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
-    eval_micro_batch_size_per_gpu: int | None = option(
-        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", ge=1, step=1
+    eval_every_n_examples: int | None = option(
+        None, "Measure the loss of eval_datasets every so many pictures. Left out: not by pictures.", ge=1, step=1
     )
-    eval_gradient_accumulation_steps: int = option(1, "Micro-batches per evaluation step.", ge=1, step=1, ui_max=1024)
+    eval_before_first_step: bool = option(True, "Measure it also before training begins.")
+    eval_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", step=1, ui_max=1024
+    )
+    eval_image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
+        None,
+        "The same for pictures among videos. Left out: as for videos.",
+        step=1,
+        ui_max=1024,
+        advanced=True,
+        also=("image_eval_micro_batch_size_per_gpu",),
+    )
+    eval_gradient_accumulation_steps: int = option(
+        1,
+        "Accepted from older files: evaluation always hands on one micro-batch after the other.",
+        ge=1,
+        step=1,
+        ui_max=1024,
+        advanced=True,
+    )
 
     steps_per_print: int = option(1, "Steps between two lines in the log.", ge=1, step=1, ui_max=100000)
     logging_steps: int = option(
@@ -268,8 +441,14 @@ class TrainSettings(Table):
     adapter: Lora | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+    sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
-    @field_validator("micro_batch_size_per_gpu", "image_micro_batch_size_per_gpu")
+    @field_validator(
+        "micro_batch_size_per_gpu",
+        "image_micro_batch_size_per_gpu",
+        "eval_micro_batch_size_per_gpu",
+        "eval_image_micro_batch_size_per_gpu",
+    )
     @classmethod
     def _micro_batch(cls, value: int | list[list[int]] | None) -> int | list[list[int]] | None:
         pairs = [[1, value]] if isinstance(value, int) else value
@@ -277,17 +456,31 @@ class TrainSettings(Table):
             raise ValueError(f"must be at least 1, or pairs such as [[512, 4], [1024, 1]], got {value}")
         return value
 
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _checkpointing(cls, value: Any) -> Any:
+        if not (isinstance(value, int) and value >= 0) and value not in ("selective", "unsloth"):
+            raise ValueError(f"must be true, false, a number of blocks, 'selective' or 'unsloth', got {value!r}")
+        return value
+
     def micro_batch(self, width: int, height: int, frames: int = 1) -> int:
         """Samples of this size that one GPU works on at once."""
         value = self.image_micro_batch_size_per_gpu if frames == 1 else None
-        value = value or self.micro_batch_size_per_gpu
-        if isinstance(value, int):
-            return value
-        return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+        return _by_size(value or self.micro_batch_size_per_gpu, width, height)
+
+    def eval_micro_batch(self, width: int, height: int, frames: int = 1) -> int:
+        """The same for evaluation."""
+        value = self.eval_image_micro_batch_size_per_gpu if frames == 1 else None
+        value = value or self.eval_micro_batch_size_per_gpu
+        return _by_size(value, width, height) if value else self.micro_batch(width, height, frames)
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         problems = list(_unavailable(self))
+        names = [dataset.name for dataset in self.eval_datasets]
+        for number, dataset in enumerate(self.eval_datasets, 1):
+            if names.count(dataset.name) > 1:
+                dataset.name = f"{dataset.name}_{number}"
         if self.partition_method == "manual" and len(self.partition_split or []) != self.pipeline_stages - 1:
             problems.append(
                 f"partition_split: needs {self.pipeline_stages - 1} numbers for {self.pipeline_stages} "
@@ -296,6 +489,14 @@ class TrainSettings(Table):
         losses = [key for key in ("huber_delta", "smooth_l1_beta", "pseudo_huber_c") if getattr(self, key)]
         if len(losses) > 1:
             problems.append(f"{losses[1]}: only one loss can be used; leave out this or {losses[0]}")
+        if self.adapter is None:
+            problems += _full_problems(self)
+        elif self.train_only or self.freeze:
+            problems.append(
+                f"{'train_only' if self.train_only else 'freeze'}: chooses among all weights; with an adapter use "
+                "adapter.target_modules and adapter.exclude_modules"
+            )
+        problems += _bad_patterns(self)
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
@@ -305,22 +506,42 @@ class TrainSettings(Table):
         return self
 
 
+def _by_size(value: int | list[list[int]], width: int, height: int) -> int:
+    """A micro-batch size, or that of the nearest resolution."""
+    if isinstance(value, int):
+        return value
+    return min(value, key=lambda pair: abs(pair[0] - math.sqrt(width * height)))[1]
+
+
+def _full_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with training all weights."""
+    model, found = settings.model, []
+    if model.dtype == "float16":
+        found.append("model.dtype: float16 cannot hold gradients of all weights; use bfloat16")
+    if model.transformer_dtype not in (None, model.dtype):
+        found.append(
+            f"model.transformer_dtype: all weights are trained, so they cannot be stored as {model.transformer_dtype}; "
+            "leave it out, or add a table [adapter]"
+        )
+    return found
+
+
+def _bad_patterns(settings: TrainSettings) -> list[str]:
+    found = []
+    for key in ("train_only", "freeze", "learning_rates"):
+        for pattern in getattr(settings, key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                found.append(f"{key}: '{pattern}' is not a regular expression ({error})")
+    return found
+
+
 def _unavailable(settings: TrainSettings) -> list[str]:
     """Options of older files that this version cannot honour; better refused than silently ignored."""
     found = []
-    if settings.blocks_to_swap:
-        found.append(
-            "blocks_to_swap: blocks cannot be swapped yet; set 0 and use activation_checkpointing, a smaller "
-            "picture size or transformer_dtype = 'float8' to save memory"
-        )
-    if settings.activation_checkpointing == "unsloth":
-        found.append("activation_checkpointing: 'unsloth' is not available yet; set true")
-    if settings.eval_datasets:
-        found.append("eval_datasets: evaluation is not available yet; leave it out")
     if settings.monitoring.enable_wandb:
         found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    if settings.adapter is None:
-        found.append("adapter: training all weights is not available yet; add a table [adapter] with type = 'lora'")
     return found
 
 
@@ -501,11 +722,9 @@ class DatasetSettings(FolderOptions):
 
 
 @cache
-def train_settings() -> type[TrainSettings]:
-    """`TrainSettings` whose ``model`` is the union of all families' ``[model]`` tables, told apart by ``type``."""
-    configs = tuple(family.Config for family in families().values())
-    union: Any = Annotated[Union[configs], Field(discriminator="type")] if len(configs) > 1 else configs[0]  # noqa: UP007
-    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(union, ...))
+def train_settings(config: type[ModelConfig]) -> type[TrainSettings]:
+    """`TrainSettings` whose ``model`` is this family's table."""
+    return create_model("TrainSettings", __base__=TrainSettings, __doc__=TrainSettings.__doc__, model=(config, ...))
 
 
 def load_train_settings(path: Path) -> TrainSettings:
@@ -517,9 +736,11 @@ def parse_train_settings(values: Mapping[str, Any]) -> TrainSettings:
     """Settings from the tables of a ``train.toml``; the graph and the file come through here."""
     model = values.get("model")
     kind = model.get("type") if isinstance(model, Mapping) else None
-    if kind is not None and kind not in families():
-        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(families())}")
-    return validate(train_settings(), values)
+    if kind is not None and kind not in configs():
+        near = difflib.get_close_matches(str(kind), configs(), 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise SettingsError(f"model.type: '{kind}' is unknown; known are {', '.join(configs())}{hint}")
+    return validate(train_settings(configs()[kind] if kind else ModelConfig), values)
 
 
 def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
@@ -528,9 +749,13 @@ def parse_dataset_settings(values: Mapping[str, Any]) -> DatasetSettings:
 
 
 def family_of(settings: TrainSettings) -> Family:
-    """The family that ``[model]`` names, ready to load its parts."""
+    """The family that ``[model]`` names, ready to load its parts.
+
+    Raises:
+        SettingsError: This version cannot train it.
+    """
     config: ModelConfig = settings.model
-    return families()[config.type](config)
+    return family_named(config.type)(config)
 
 
 def as_toml(settings: Table) -> dict[str, Any]:

@@ -1,38 +1,44 @@
-"""The run from settings to LoRA: dataset, cache, denoiser, engine, loop, export."""
+"""The run from settings to LoRA or model: dataset, cache, denoiser, engine, loop, export."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..models.base import Layer
 from . import attention
 from .adapters import inject, load_existing
 from .buckets import Bucket
-from .cache import Cache
-from .checkpoint import Trained, load_checkpoint, newest_checkpoint
-from .config import SettingsError, write_toml, write_whole
+from .checkpoint import load_checkpoint, newest_checkpoint
+from .checkpointing import Checkpointing
+from .config import SettingsError, write_toml
 from .control import Control, Stopped
-from .dataset import Sample, recall, remember, scan, scan_name
-from .dataset_report import Report
-from .index import Index
+from .evaluation import Evaluation, read_sets
+from .exports import Exporter
+from .finetune import choose_weights
+from .live import Live, Stages, owners_of
 from .loader import Loader
-from .loop import Loop, Position
+from .loop import Loop
 from .losses import loss_for
 from .metrics import Curves
-from .optimizers import build_optimizer
+from .observation import Observation
+from .offload import BlockSwap, swapped
+from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
-from .readers import Readers, usual_count
+from .position import Position
+from .preparation import Data, Preparation
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
-from .settings import DatasetSettings, Lora, TrainSettings, as_toml, family_of
-from .sources import printable
-from .world import World, num_local
+from .samples import Previews, requests_of
+from .settings import DatasetSettings, TrainSettings, as_toml, family_of
+from .trained import Trained
+from .world import World
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +55,9 @@ class Trainer:
         status = folder.read_status() if resume else Status()
         status.state, status.error, status.epochs = "starting", None, settings.epochs
         self.control = Control(world, folder, status)
+        self.preparation = Preparation(
+            settings, dataset, read_sets(settings), self.family, world, folder, self.control, self._global_batch
+        )
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -76,21 +85,33 @@ class Trainer:
     def _train(self) -> None:
         s = self.settings
         self.family.check_files()
-        cache = self._prepare_data()
+        if s.dump_dataset:
+            self.preparation.dump(Path(s.dump_dataset).expanduser())
+            self.control.say(state="finished", phase="")
+            return
+        data = self.preparation.run()
+        cache = data.train
         if s.cache_only:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
-        engine, trained = self._build()
-        global_batch = self._global_batch(cache.samples[0].bucket)
+        engine, trained, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         total = sampler.total_steps(s.epochs)
         total = min(total, s.max_steps or total)
         position = Position()
         if self._resume:
-            progress = load_checkpoint(newest_checkpoint(self.folder), trained)
+            progress = load_checkpoint(
+                newest_checkpoint(self.folder),
+                trained,
+                optimizer_state=not s.reset_optimizer,
+                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+            )
             _refuse_changed(progress, s, len(cache.samples))
             position = Position(**progress["position"])
+            if s.reset_dataloader:
+                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
+                position.step_in_epoch, position.epoch_loss = 0, 0.0
             logger.info("resumed after step %d", position.step)
         loader = Loader(
             cache,
@@ -100,7 +121,9 @@ class Trainer:
             engine.grid.get_data_parallel_rank(),
             self.world.size // s.pipeline_stages,
             s.uncond_fraction,
+            self.world.device.type == "cuda",
         )
+        global_batch = self._global_batch(cache.samples[0].bucket)
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self.control.say(
             state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch
@@ -113,14 +136,25 @@ class Trainer:
             self.control,
             engine,
             trained,
+            Exporter(
+                s,
+                self.family,
+                self.world,
+                self.folder,
+                trained,
+                engine.grid.get_stage_id(),
+                engine.grid.get_data_parallel_rank() == 0,
+            ),
             sampler,
             loader,
+            self._observation(data, engine, live, trained),
             position,
             total,
             len(cache.samples),
         )
         folder = self.folder.path if self.world.rank == 0 else None
-        with Curves(folder, s.x_axis_examples, global_batch, position.step if self._resume else None) as curves:
+        purge_after = position.place(s.x_axis_examples) if self._resume else None
+        with Curves(folder, purge_after) as curves:
             loop.run(curves)
 
     def _global_batch(self, bucket: Bucket) -> int:
@@ -129,125 +163,102 @@ class Trainer:
         micro_batch = s.micro_batch(bucket.width, bucket.height, bucket.frames)
         return micro_batch * s.gradient_accumulation_steps * (self.world.size // s.pipeline_stages)
 
-    def _prepare_data(self) -> Cache:
-        s = self.settings
-        folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
-        self.control.say(state="caching")
-        with Readers(s.map_num_proc or usual_count(num_local())) as readers:
-            cache, report, unreadable = self._cached(folder, readers)
-        cache.samples = cache.without(unreadable)
-        if self.world.rank == 0:
-            self._report_data(cache, report, unreadable)
-        if not cache.samples:
-            reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
-            raise SettingsError(f"dataset: no picture could be decoded: {reasons}")
-        return cache
-
-    def _cached(self, folder: Path, readers: Readers) -> tuple[Cache, Report, dict[str, str]]:
-        """The filled cache, the report of the scan, and the files that could not be decoded."""
-        s = self.settings
-        found: Any = None
-        if self.world.rank == 0:
-            try:
-                found = self._scan(folder, readers)
-            except (SettingsError, OSError, Stopped) as error:
-                found = error
-        samples, report = self.world.share(found)
-        cache = Cache(folder, self.family, samples, uncond=s.uncond_fraction > 0)
-        failed = cache.fill(
-            self.world.device,
-            s.caching_batch_size,
-            readers,
-            self.control.progress,
-            self.world.rank,
-            self.world.size,
-            self.world.barrier,
-            regenerate=s.regenerate_cache,
+    def _observation(self, data: Data, engine: Engine, live: Live, trained: Trained) -> Observation:
+        s, grid = self.settings, engine.grid
+        requests = requests_of(s.sample, self.family, data.embeddings, data.images)
+        previews = Previews(
+            self.family, live, requests, self.world, grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
         )
-        unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
-        return cache, report, unreadable
+        evaluation = Evaluation(data.eval_sets, self.family, s, self.world, engine)
+        return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews, trained)
 
-    def _scan(self, folder: Path, readers: Readers) -> tuple[list[Sample], Report]:
-        s = self.settings
-        last = folder / "scans" / f"{scan_name(self.dataset, self.family, s.video_clip_mode)}.json"
-        samples = recall(last) if s.trust_cache else None
-        if samples is not None:
-            logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
-            report = Report()
-            report.count(samples)
-            return samples, report
-        index = Index(folder / "index.sqlite", readers, forget=s.regenerate_cache)
-        try:
-            samples, report = scan(self.dataset, index, self.family, s.video_clip_mode, self.control.progress)
-        finally:
-            index.close()
-        remember(last, samples)
-        return samples, report
-
-    def _report_data(self, cache: Cache, report: Report, unreadable: dict[str, str]) -> None:
-        s = self.settings
-        report.left_out |= {printable(path): reason for path, reason in unreadable.items()}
-        report.count(cache.samples)
-        sampler = Sampler(cache.samples, self._global_batch, s.seed)
-        report.steps_per_epoch = sampler.num_steps(0)
-        report.total_steps = min(sampler.total_steps(s.epochs), s.max_steps or sys.maxsize)
-        report.cache_bytes = cache.note_use(scan_name(self.dataset, self.family, s.video_clip_mode))
-        report.log()
-        logger.info(
-            "cache: %s for this dataset in %s",
-            f"{report.cache_bytes / 2**20:.0f} MiB",
-            s.cache_dir or "output_dir/cache",
-        )
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-        write_whole(self.folder.path / "dataset_report.json", text)
-
-    def _build(self) -> tuple[Engine, Trained]:
+    def _build(self) -> tuple[Engine, Trained, Live]:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
-        # With several stages each GPU holds only its own layers, so the whole model passes through main memory.
-        device = self.world.device if s.pipeline_stages == 1 else torch.device("cpu")
-        denoiser = self.family.load_denoiser(device)
-        assert isinstance(s.adapter, Lora)  # settings refuse anything else
-        inject(denoiser, self.family, s.adapter, s.seed)
-        if s.adapter.init_from_existing:
-            load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        denoiser = self.family.build_denoiser()
         layers = self.family.layers(denoiser)
-        names = {parameter: name for name, parameter in denoiser.named_parameters()}
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
+        stage = self.world.stage(s.pipeline_stages)
+        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+        rates = {**s.learning_rates, **self.family.learning_rates()}
+        if s.adapter:
+            inject(denoiser, self.family, s.adapter, s.seed)
+            if s.adapter.init_from_existing:
+                load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
+        else:
+            choose_weights(denoiser, s.train_only, s.freeze, rates)
+        layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
+        names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        dropout = bool(s.adapter and s.adapter.dropout)
+        if swap:
+            swap.bind()
         chain = Chain(
             layers,
             s.pipeline_stages,
             bounds,
             loss_for(s),
-            checkpointing=bool(s.activation_checkpointing),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=dropout,
+                compiled=s.compile,
+            ),
+            swap,
             compiled=s.compile,
             memory_budget=s.activation_memory_budget,
-            random=s.adapter.dropout > 0,
         )
-        del denoiser, layers
-        parameters = [p for p in chain.parameters() if p.requires_grad]
-        if not parameters:  # DeepSpeed wants an optimizer on every stage
-            parameters = [nn.Parameter(torch.zeros((), device=self.world.device), requires_grad=False)]
-        optimizer = build_optimizer(s.optimizer, parameters, self.world.device)
-        for group in optimizer.param_groups:
+        owners = owners_of(layers, bounds)
+        del layers
+        trained = Trained(
+            names,
+            chain,
+            lambda parameters: build_optimizers(s.optimizer, parameters, rates),
+            kahan=keeps_kahan_sums(s.optimizer),
+        )
+        for group in trained.groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(
             chain,
-            optimizer,
+            trained,
             self.world,
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not s.adapter.dropout,
+            use_graphs=s.cuda_graphs and not dropout,
         )
-        return engine, Trained(names, chain, optimizer)
+        stages = None
+        if s.pipeline_stages > 1:
+            ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
+            stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
+        live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
+        return engine, trained, live
+
+    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+        """Reads the weights of this stage, those of swapped blocks into main memory."""
+        device = self.world.device
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        apart = {layer.name for layer in waiting}
+        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        if not waiting:
+            return None
+        swap = BlockSwap(device)
+        for layer in waiting:
+            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            swap.take(layer)
+        return swap
+
+
+def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
+    return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
     """Puts both TOMLs, as used, into the run folder."""
     write_toml(folder.dataset_toml, as_toml(dataset))
-    write_toml(folder.train_toml, as_toml(settings) | {"dataset": str(folder.dataset_toml)})
+    sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
+    tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
+    write_toml(folder.train_toml, tables)
 
 
 def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_samples: int) -> None:

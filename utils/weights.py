@@ -1,8 +1,9 @@
-"""Weights on disk: safetensors files read one tensor at a time into modules that were built without memory.
+"""Weights on disk: files read one tensor at a time into modules that were built without memory.
 
 Users have a diffusers folder (perhaps in shards) or single files as ComfyUI keeps them: bf16, fp16,
 fp8 that was merely cast, or fp8 with a scale beside each weight ("fp8_scaled"). Looking at names and
-shapes reads the header alone and needs no torch.
+shapes of safetensors reads the header alone and needs no torch. PyTorch's own files (.pth) are mapped,
+not read, and nothing in them is run.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ SCALES = (".scale_weight", ".weight_scale")
 """What ComfyUI's older and newer fp8_scaled files call the factor of ``<module>.weight``."""
 LONGEST_HEADER = 100_000_000
 """Bytes; the safetensors format's own limit."""
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class _Entry:
 
 
 class Weights:
-    """The tensors of a safetensors file, or of the shards in a diffusers or transformers folder.
+    """The tensors of a safetensors or PyTorch file, or of the shards in a diffusers or transformers folder.
 
     Args:
         path: The file or the folder.
@@ -56,15 +59,15 @@ class Weights:
             lies elsewhere in the file is left out.
 
     Raises:
-        SettingsError: It holds no safetensors file, or one that is cut off or something else.
+        SettingsError: It holds no such file, or one that is cut off or something else.
     """
 
     def __init__(self, path: Path, option: str, prefixes: Iterable[str] = (), marker: str = "") -> None:
         self.path, self.option = path, option
+        self._open: dict[Path, Any] = {}
         entries = {entry.name: entry for file in self._files() for entry in self._header(file)}
         prefix = next((prefix for prefix in prefixes if prefix + marker in entries), "")
         self._entries = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
-        self._open: dict[Path, Any] = {}
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -103,6 +106,10 @@ class Weights:
         if scale.numel() > 1:  # one factor per row
             scale = (scale if rows is None else scale[rows]).reshape(-1, *[1] * (tensor.ndim - 1))
         return tensor.float() * scale
+
+    def raw(self, name: str) -> bytes:
+        """What lies in the file under ``name``, as bytes: a tokenizer, say."""
+        return self._get(self._entry(name), None).numpy().tobytes()
 
     @staticmethod
     def _is_plain(scale: _Entry, scaled: _Entry) -> bool:
@@ -144,6 +151,10 @@ class Weights:
         return files
 
     def _header(self, file: Path) -> Iterator[_Entry]:
+        if file.suffix in PICKLES:
+            self._open[file] = _Pickle(file, self.option)
+            yield from self._open[file].entries()
+            return
         try:
             with file.open("rb") as stream:
                 length = struct.unpack("<Q", stream.read(8))[0]
@@ -162,6 +173,37 @@ class Weights:
             yield _Entry(file, name, value["dtype"], tuple(value["shape"]))
 
 
+class _Pickle:
+    """A PyTorch file with the interface of an open safetensors file."""
+
+    def __init__(self, file: Path, option: str) -> None:
+        self._file = file
+        try:
+            # files of before 2020 are no zip archives and cannot be mapped
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        except OSError as error:
+            raise SettingsError(f"{option}: '{file}' cannot be read ({error.strerror})") from None
+        except Exception as error:  # torch's reader raises anything on what is no file of its own
+            raise SettingsError(
+                f"{option}: '{file}' is not a PyTorch file of tensors alone ({str(error).splitlines()[0]}); "
+                "give a safetensors file, or download it again"
+            ) from None
+        found = found.get("state_dict", found) if isinstance(found, dict) else {}
+        self._tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def entries(self) -> Iterator[_Entry]:
+        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+                 torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # fmt: skip
+        for name, value in self._tensors.items():
+            yield _Entry(self._file, name, names.get(value.dtype, str(value.dtype)), tuple(value.shape))
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def get_slice(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
 def build(make: Callable[[], Any]) -> Any:
     """The module that ``make`` makes, its parameters on the meta device: shapes without memory."""
     with accelerate.init_empty_weights(include_buffers=False):
@@ -175,6 +217,7 @@ def fill(
     device: torch.device,
     float32: tuple[str, ...] = (),
     storage: Storage | None = None,
+    only: Container[nn.Parameter] | None = None,
 ) -> None:
     """Gives each parameter of a module from `build` its value, one tensor at a time.
 
@@ -184,6 +227,7 @@ def fill(
         read: The value of a parameter, by its name in ``module``.
         float32: Parameters with one of these in their name are kept in float32.
         storage: How linear layers are stored; left out: in ``dtype``.
+        only: Parameters to read; the others stay on the meta device. Left out: all.
 
     Raises:
         SettingsError: From ``read``.
@@ -193,6 +237,8 @@ def fill(
     if storage:
         stored.use_storage(module, storage)
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
+        if only is not None and parameter not in only:
+            continue
         if parameter not in filled:
             value = read(name)
             if value.shape != parameter.shape:
@@ -208,4 +254,6 @@ def fill(
         setattr(module.get_submodule(owner), leaf, filled[parameter])
     for name, buffer in list(module.named_buffers()):
         owner, _, leaf = name.rpartition(".")
+        if leaf == "weight_scale":  # is where its weight is
+            continue
         setattr(module.get_submodule(owner), leaf, buffer.to(device))

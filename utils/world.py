@@ -25,9 +25,17 @@ class World:
     control: Any
     """A gloo group of all ranks, for small messages between CPUs."""
 
+    def stage(self, num_stages: int) -> int:
+        """The pipeline stage that this process has, of ``num_stages``: DeepSpeed gives neighbours the same."""
+        return self.rank * num_stages // self.size
+
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """Ends the connections; NCCL warns of those that a process takes along when it exits."""
+        dist.destroy_process_group()
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank. An exception that rank 0 gives is raised on all."""
@@ -43,10 +51,10 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def highest(self, value: int) -> int:
-        """The largest value that any rank gives."""
-        tensor = torch.tensor([value])
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+    def union(self, bits: int) -> int:
+        """The bits that any rank sets."""
+        tensor = torch.tensor([bits])
+        dist.all_reduce(tensor, op=dist.ReduceOp.BOR, group=self.control)
         return int(tensor.item())
 
 

@@ -1,0 +1,207 @@
+"""Swapped blocks: the same training to the bit, however late copies arrive, and never more on the device than said."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusion_trainer.models import families
+from diffusion_trainer.models.base import Layer
+from diffusion_trainer.utils import offload
+from diffusion_trainer.utils.offload import BlockSwap, Lane, swapped
+from safetensors.torch import load_file
+from torch import nn
+from training import Bench, Result
+
+CPU = torch.device("cpu")
+
+
+class LateLane(Lane):
+    """The worst that a stream may do: the target is spoilt when a copy is asked for, and filled when waited for."""
+
+    def copy(self, target, source):
+        target.detach().view(torch.uint8).fill_(0xFF)  # not a number, in every float
+        return target.detach(), source.detach()
+
+    def wait(self, copy):
+        if copy is not None:
+            copy[0].copy_(copy[1])
+
+
+@pytest.fixture(autouse=True)
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "Lane", LateLane)
+
+
+@pytest.fixture(scope="module", params=list(families()))
+def bench(request, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("offload"), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(bench: Bench) -> Result:
+    return bench.train(epochs=1)
+
+
+def assert_same(first: Result, second: Result) -> None:
+    assert first.curve("loss") == second.curve("loss")
+    assert first.curve("grad_norm") == second.curve("grad_norm")
+    assert all(torch.equal(value, second.lora()[name]) for name, value in first.lora().items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"blocks_to_swap": 1},
+        {"blocks_to_swap": 2},
+        {"blocks_to_swap": 100},
+        {"blocks_to_swap": 100, "activation_checkpointing": False},
+    ],
+    ids=["one", "two", "all", "all, without checkpointing"],
+)
+def test_swapping_changes_no_bit(bench: Bench, plain: Result, changes: dict) -> None:
+    assert_same(plain, bench.train(epochs=1, **changes))
+
+
+def test_float8_weights_travel_with_their_scales(bench: Bench) -> None:
+    stored = {"epochs": 1, "model": {"transformer_dtype": "float8"}}
+    assert_same(bench.train(**stored), bench.train(**stored, blocks_to_swap=100))
+
+
+def test_weights_that_stay_frozen_are_exported(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    part = {"epochs": 1, "adapter": None, "train_only": ["norm", r"^transformer_blocks\.0"], "optimizer": {"lr": 1e-3}}
+    files = [
+        load_file(next(Path(bench.train(**part, blocks_to_swap=count).status.exports[-1]).glob("*.safetensors")))
+        for count in (0, 100)
+    ]
+    assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())
+    assert not any(value.isnan().any() for value in files[0].values())
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, width)
+        self.outer = nn.Linear(width, 4)
+        self.gate = nn.Parameter(torch.full((4,), 1.0 + number))
+        self.requires_grad_(False)
+        self.gate.requires_grad_(True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x + self.gate * self.outer(self.inner(x).tanh()),)
+
+
+def chain(widths: list[int]) -> tuple[list[Block], list[Layer]]:
+    torch.manual_seed(0)
+    blocks = [Block(width, number) for number, width in enumerate(widths)]
+    return blocks, [
+        Layer(f"b{n}", lambda m, x: m.block(x), {"block": block}, is_block=True) for n, block in enumerate(blocks)
+    ]
+
+
+def passes(layers: list[Layer], swap: BlockSwap | None, blocks: list[Block], kinds: str) -> list[torch.Tensor]:
+    """Runs forward (F) and backward (B) passes, the oldest forward pass first; the outputs and gradients."""
+    values, waiting = [], []
+    x = torch.linspace(-1, 1, 8).view(2, 4).requires_grad_()
+    for kind in kinds:
+        if kind == "F":
+            if swap:
+                swap.start()
+            tensors = (x * (1 + len(values)),)
+            for layer, block in zip(layers, blocks, strict=True):
+                tensors = swap.run(layer.name, block, tensors) if swap else block(*tensors)
+            waiting.append(tensors[0])
+            values.append(tensors[0].detach().clone())
+        else:
+            waiting.pop(0).square().sum().backward()
+    return [*values, x.grad, *(block.gate.grad for block in blocks)]
+
+
+@pytest.mark.parametrize("kinds", ["FB", "FBFB", "FFBB", "FFBFBB", "FFFBFBB"])
+@pytest.mark.parametrize(
+    "widths", [[8] * 6, [64, 8, 8, 8], [8, 64, 8, 64, 8], [8, 16, 32, 64, 128], [128, 64, 32, 16, 8, 8, 8], [8], [8, 9]]
+)
+def test_blocks_of_any_size_and_passes_in_any_order(widths: list[int], kinds: str) -> None:
+    blocks, layers = chain(widths)
+    expected = passes(layers, None, blocks, kinds)
+    blocks, layers = chain(widths)
+    swap = BlockSwap(CPU)
+    for layer in layers:
+        swap.take(layer)
+    swap.bind()
+    assert swap.pool_bytes <= max(sum(len(u.host) for u in swap._units[n : n + 2]) for n in range(len(widths)))
+    for ours, exact in zip(passes(layers, swap, blocks, kinds), expected, strict=True):
+        assert torch.equal(ours, exact)
+
+
+def test_blocks_are_there_before_they_are_needed() -> None:
+    blocks, layers = chain([16, 16, 8, 8, 8, 16, 8, 24])
+    swap = BlockSwap(CPU)
+    for layer in layers:
+        swap.take(layer)
+    swap.bind()
+    loads, needed, load, need = [], [], swap._load, swap._need
+
+    def load_and_note(number: int) -> None:
+        if number not in swap._loaded:
+            loads.append(number)
+            assert not needed or needed[-1] < 0, "sent for only when it was needed"
+        load(number)
+
+    def need_and_note(number: int, *first: object) -> None:
+        needed.append(number)
+        need(number, *first)
+        needed.append(-1)
+
+    swap._load, swap._need = load_and_note, need_and_note
+    passes(layers, swap, blocks, "FBFB")
+    there = len(blocks) - min(len(swap._first), len(swap._last))
+    assert len(needed) == 2 * 4 * len(blocks)
+    assert len(loads) <= 4 * there
+
+
+def test_network_works_outside_of_the_chain() -> None:
+    blocks, layers = chain([8, 16, 8, 8])
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    with torch.no_grad():
+        expected = blocks[3](*blocks[2](*blocks[1](*blocks[0](x))))[0]
+        swap = BlockSwap(CPU)
+        for layer in layers:
+            swap.take(layer)
+        swap.bind()
+        for context in (swap.hooked, swap.resident, swap.hooked):
+            with context():
+                for _ in range(2):
+                    assert torch.equal(blocks[3](*blocks[2](*blocks[1](*blocks[0](x))))[0], expected)
+    assert all(not block._forward_pre_hooks for block in blocks)
+
+
+def test_only_frozen_weights_leave() -> None:
+    blocks, layers = chain([8, 8, 8])
+    swap = BlockSwap(CPU)
+    for layer in layers:
+        swap.take(layer)
+    swap.bind()
+    pool = range(swap._pool.data_ptr(), swap._pool.data_ptr() + swap.pool_bytes)
+    for block in blocks:
+        assert all((parameter.data_ptr() in pool) != parameter.requires_grad for parameter in block.parameters())
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (1, [5]), (2, [2, 5]), (3, [1, 3, 5]), (9, [0, 1, 2, 3, 4, 5])]
+)
+def test_swapped_blocks_are_spread(count: int, expected: list[int]) -> None:
+    layers = chain([8] * 6)[1]
+    assert [layer.name for layer in swapped(layers, layers, count)] == [f"b{n}" for n in expected]
+
+
+def test_stages_share_the_number() -> None:
+    layers = chain([8] * 6)[1]
+    assert [len(swapped(layers, part, 3)) for part in (layers[:2], layers[2:])] == [1, 2]
+
+
+def test_two_stages_with_swapping(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    common = {"epochs": 1, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    stages = bench.launch(2, **common, pipeline_stages=2, blocks_to_swap=100)
+    assert stages.curve("loss") == pytest.approx(bench.train(**common).curve("loss"), rel=1e-5)

@@ -1,0 +1,86 @@
+"""Workflows that versions of the old package saved: values arrive under today's names, prompts are complete."""
+
+import json
+
+import pytest
+import saved
+from diffusion_trainer.diffusion_nodes import saved_workflows
+from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS
+from diffusion_trainer.scripts import headless
+from diffusion_trainer.scripts.workflow import to_prompt, widget_names
+
+
+@pytest.mark.parametrize(("kind", "number"), saved.CASES)
+def test_stored_values_arrive_under_their_names(kind, number):
+    document = {"nodes": [{"id": 1, "type": kind, "widgets_values": saved.stored_values(kind, number)}], "links": []}
+    inputs = to_prompt(document, NODE_CLASS_MAPPINGS)["1"]["inputs"]
+    wanted = saved.expected(kind, number)
+    assert {name: inputs[name] for name in wanted} == wanted
+    defaults = {name: default for name, default in widget_names(NODE_CLASS_MAPPINGS[kind]) if name}
+    assert {name: value for name, value in inputs.items() if name not in wanted} == {
+        name: value for name, value in defaults.items() if name not in wanted
+    }
+
+
+def test_todays_values_are_left_alone():
+    for kind, cls in NODE_CLASS_MAPPINGS.items():
+        assert saved_workflows.by_name(kind, [default for _, default in widget_names(cls)]) is None
+
+
+def test_a_transformer_that_was_switched_off_stays_off():
+    values = ["/flux", "bfloat16", "float8", True, False, "/transformer", False]
+    assert saved_workflows.by_name("FluxModelNode", values)["transformer_path"] == ""
+
+
+@pytest.mark.parametrize("kind", sorted(saved.LATER))
+def test_prompts_of_later_versions_are_complete(kind):
+    rows = [row for section in ("required", "optional") for row in saved.LATER[kind][section]]
+    prompt = {"1": {"class_type": kind, "inputs": {name: options["default"] for name, _, options in rows
+                                                   if "default" in options}}}  # fmt: skip
+    saved_workflows.adopt_prompt(prompt, NODE_CLASS_MAPPINGS)
+    declared = NODE_CLASS_MAPPINGS[kind].INPUT_TYPES()
+    missing = [name for name, entry in declared["required"].items()
+               if name not in prompt["1"]["inputs"] and "default" in entry[1]]  # fmt: skip
+    assert missing == []
+    assert not set(saved.TODAY) & set(prompt["1"]["inputs"])
+
+
+def test_an_early_train_node_finds_its_config_path():
+    prompt = {"9": {"class_type": "Train", "inputs": {"train_config": ["8", 0], "dataset_config": ["2", 0]}}}
+    saved_workflows.adopt_prompt(prompt, NODE_CLASS_MAPPINGS)
+    assert prompt["9"]["inputs"]["config_path"] == ["8", 2]
+
+
+def test_other_packages_and_broken_prompts_are_left_alone():
+    prompt = {"1": {"class_type": "KSampler", "inputs": {"output_folder_name": 1}}, "2": None, "3": {"inputs": []}}
+    before = json.loads(json.dumps(prompt))
+    saved_workflows.adopt_prompt(prompt, NODE_CLASS_MAPPINGS)
+    assert prompt == before
+
+
+def test_an_old_prompt_runs(tmp_path):
+    """As "Save (API)" of a later version wrote it: other names, inputs of today missing."""
+    (tmp_path / "input/pictures").mkdir(parents=True)
+    general = {name: options["default"] for section in ("required", "optional")
+               for name, _, options in saved.LATER["GeneralConfig"][section] if "default" in options}  # fmt: skip
+    general |= {"output_folder_name": "mine", "partition_method": "memory", "optimizer_config": ["3", 0],
+                "model_config": ["5", 0], "dataset_config": ["2", 0], "adapter_config": ["6", 0]}  # fmt: skip
+    prompt = {
+        "1": {"class_type": "GeneralDatasetPathNode", "inputs": {"dataset_path": "pictures"}},
+        "2": {"class_type": "GeneralDatasetConfig", "inputs": {
+            "input_path": ["1", 0], "resolutions": "[512]", "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0,
+            "num_ar_buckets": 7, "num_repeats": 1}},
+        "3": {"class_type": "OptimizerConfigNode", "inputs": {"optimizer_type": "AdamW8bitKahan", "lr": 2e-5}},
+        "4": {"class_type": "FluxModelNode", "inputs": {"diffusers_path": "/flux", "flux_shift": False}},
+        "5": {"class_type": "ModelConfig", "inputs": {
+            "model_path": ["4", 0], "model_type": "diffusion", "dtype": "bfloat16",
+            "diffusion_transformer_dtype": "float8", "timestep_sample_method": "logit_normal"}},
+        "6": {"class_type": "AdapterConfigNode", "inputs": {"adapter_type": "lora", "rank": 32, "dtype": "bfloat16"}},
+        "7": {"class_type": "GeneralConfig", "inputs": general},
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 0]}},
+    }  # fmt: skip
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    results = headless.run_file(tmp_path / "prompt.json", tmp_path)
+    settings = results["7"].outputs[0]
+    assert settings["output_dir"] == str(tmp_path / "output/mine")
+    assert (settings["model"]["transformer_dtype"], settings["partition_method"]) == ("float8", "parameters")

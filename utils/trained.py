@@ -1,0 +1,217 @@
+"""What a stage trains: parameters by name, the copies that the optimizers step, and the optimizers.
+
+How bfloat16 weights are trained: optimizers that keep a Kahan sum of their own (`optimizers.KAHAN`) step them
+as they are; all others step float32 master copies, and gradients are summed in float32, too. float32 weights
+(adapters, and what a family keeps in float32) are stepped as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .config import SettingsError
+from .gradients import Gradients
+from .tensor_file import Promise, TensorFiles
+
+Build = Callable[[Mapping[str, nn.Parameter]], list[torch.optim.Optimizer]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The data-parallel ranks that train the same weights, and which of them this is."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+
+class Trained:
+    """The weights of this stage and how they are stepped.
+
+    Args:
+        names: Names in the denoiser of at least the parameters of ``module``.
+        module: The stage.
+        build: Makes the optimizers for the parameters that they step, by name.
+        kahan: The optimizers step bfloat16 weights as they are.
+        offload: Masters and optimizer state live in main memory, and are stepped there.
+        owners: ZeRO 1: the ranks among which stepping is shared out, each whole parameter to one of them.
+    """
+
+    def __init__(
+        self,
+        names: Mapping[nn.Parameter, str],
+        module: nn.Module,
+        build: Build,
+        *,
+        kahan: bool = False,
+        offload: bool = False,
+        owners: Share | None = None,
+    ) -> None:
+        self.all = {names[p]: p for p in module.parameters()}
+        self.parameters = {name: p for name, p in self.all.items() if p.requires_grad}
+        self.share = owners or Share()
+        self.owner = _shared_out(self.parameters, self.share.size)
+        self.stepped = {
+            name: _stepped(p, kahan, offload)
+            for name, p in self.parameters.items()
+            if self.owner[name] == self.share.rank
+        }
+        wide = not kahan and not offload
+        self.gradients = Gradients(self.parameters, torch.float32 if wide else None)
+        for name, stepped in self.stepped.items():
+            view = self.gradients.views[name]
+            stepped.grad = view if stepped.device == view.device else torch.empty_like(stepped)
+        self.optimizers = build(self.stepped)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups of all optimizers: what has a learning rate of its own."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from the gradients as they are."""
+        for name, stepped in self.stepped.items():
+            view = self.gradients.views[name]
+            if stepped.grad is not None and stepped.device != view.device:
+                stepped.grad.copy_(view)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Puts the stepped values where the model computes with them, on all ranks that share them."""
+        for name, stepped in self.stepped.items():
+            if stepped is not self.parameters[name]:
+                self.parameters[name].copy_(stepped)
+        if self.share.size > 1:
+            for name, parameter in self.parameters.items():
+                dist.broadcast(parameter.data, group=self.share.group, group_src=self.owner[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The weights that are for use: those of schedule-free optimizers are averages; others stay as they are."""
+        modes = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
+        before = {name: p.detach().clone() for name, p in self.stepped.items()} if modes else {}
+        for optimizer in modes:
+            optimizer.eval()  # type: ignore[attr-defined]
+        if modes:
+            self.publish()
+        try:
+            yield
+        finally:
+            for optimizer in modes:
+                optimizer.train()  # type: ignore[attr-defined]
+            for name, value in before.items():  # exactly as they were: going there and back rounds
+                self.stepped[name].data.copy_(value)
+            if modes:
+                self.publish()
+
+    # -- out and in -----------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of what is trained, as precise as it is stepped."""
+        return {name: self.stepped.get(name, p).detach().cpu().clone() for name, p in self.parameters.items()}
+
+    def masters(self) -> dict[str, Promise]:
+        """What this rank steps, to be written."""
+        return {name: Promise.of(p) for name, p in self.stepped.items()}
+
+    def everything(self, dtype: torch.dtype, float32: Sequence[str] = ()) -> dict[str, Promise]:
+        """All weights of the stage as ``dtype``, those with one of ``float32`` in their name in float32."""
+        found = {}
+        for name, parameter in self.all.items():
+            value = self.stepped.get(name, parameter)
+            kept = any(part in name for part in float32)
+            found[name] = Promise.of(value, torch.float32 if kept else dtype)
+        return found
+
+    def state(self) -> tuple[dict[str, Promise], dict[str, Any]]:
+        """Optimizer state: tensors named ``<parameter>|<key>``, and the rest as plain values."""
+        tensors: dict[str, Promise] = {}
+        rest: dict[str, Any] = {"values": {}, "groups": []}
+        names = {p: name for name, p in self.stepped.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                values = {key: value for key, value in group.items() if key != "params"}
+                rest["groups"].append({"names": [names[p] for p in group["params"]], "values": values})
+                for parameter in group["params"]:
+                    name, state = names[parameter], optimizer.state.get(parameter, {})
+                    for key, value in state.items():
+                        if isinstance(value, torch.Tensor):
+                            tensors[f"{name}|{key}"] = Promise.of(value)
+                    plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+                    rest["values"][name] = plain
+        return tensors, rest
+
+    def load(self, weights: TensorFiles, state: TensorFiles, rest: Mapping[str, Any]) -> None:
+        """Takes over this rank's part of a checkpoint, whatever ranks and stages wrote it.
+
+        Raises:
+            SettingsError: The checkpoint was made with other settings of model or adapter.
+        """
+        for name, parameter in self.parameters.items():
+            if name not in weights or weights.shape(name) != tuple(parameter.shape):
+                raise SettingsError(
+                    f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
+                    "resume with the model and adapter settings that it was made with"
+                )
+            value = weights.read(name)
+            parameter.data.copy_(value)
+            if name in self.stepped:
+                self.stepped[name].data.copy_(value)
+        keys: dict[str, list[str]] = {}
+        for full in state.names():
+            name, _, key = full.rpartition("|")
+            keys.setdefault(name, []).append(key)
+        groups = {name: group["values"] for group in rest["groups"] for name in group["names"]}
+        names = {p: name for name, p in self.stepped.items()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                self._load_group(group, next((groups[names[p]] for p in group["params"] if names[p] in groups), {}))
+                for parameter in group["params"]:
+                    name = names[parameter]
+                    found = dict(rest["values"].get(name, {}))
+                    for key in keys.get(name, ()):
+                        # torch's optimizers keep the number of steps on the CPU unless their kernels count it
+                        here = key != "step" or group.get("fused") or group.get("capturable")
+                        found[key] = state.read(f"{name}|{key}").to(parameter.device if here else "cpu", copy=True)
+                    if found:
+                        optimizer.state[parameter] = found
+
+    @staticmethod
+    def _load_group(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            if key in ("lr", "initial_lr"):
+                continue
+            if isinstance(value, torch.Tensor) and isinstance(group.get(key), torch.Tensor):
+                value = value.to(group[key].device)
+            group[key] = value
+
+
+def _stepped(parameter: nn.Parameter, kahan: bool, offload: bool) -> nn.Parameter:
+    """The parameter itself, or its float32 copy."""
+    if offload:
+        value = parameter.detach().to("cpu", torch.float32, copy=True)
+        return nn.Parameter(value.pin_memory() if torch.cuda.is_available() else value)
+    if kahan or parameter.dtype == torch.float32:
+        return parameter
+    return nn.Parameter(parameter.detach().float())
+
+
+def _shared_out(parameters: Mapping[str, nn.Parameter], num_owners: int) -> dict[str, int]:
+    """An owner for each parameter, so that all own nearly the same number of weights."""
+    loads = [0] * num_owners
+    owner = {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += parameter.numel()
+    return owner
