@@ -98,12 +98,12 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         profiler: Any = None
 
         def _build(self) -> Any:
-            engine, trained, live = super()._build()
+            engine, *others = super()._build()
             if self.profiler:
                 self.profiler.start()
                 run = engine.train_batch
                 engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
-            return engine, trained, live
+            return engine, *others
 
     values = {
         "output_dir": str(folder),

@@ -13,12 +13,15 @@ from torch import nn
 
 from ..models.base import Layer
 from . import attention
-from .adapters import inject, load_existing
+from .adapted import adapted_layers
+from .adapter_files import fuse
+from .adapters import inject
 from .buckets import Bucket
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml
 from .control import Control, Stopped
+from .ema import Ema
 from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
@@ -95,7 +98,7 @@ class Trainer:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
-        engine, trained, live = self._build()
+        engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         total = sampler.total_steps(s.epochs)
         total = min(total, s.max_steps or total)
@@ -136,15 +139,7 @@ class Trainer:
             self.control,
             engine,
             trained,
-            Exporter(
-                s,
-                self.family,
-                self.world,
-                self.folder,
-                trained,
-                engine.grid.get_stage_id(),
-                engine.grid.get_data_parallel_rank() == 0,
-            ),
+            exporter,
             sampler,
             loader,
             self._observation(data, engine, live, trained),
@@ -172,7 +167,7 @@ class Trainer:
         evaluation = Evaluation(data.eval_sets, self.family, s, self.world, engine)
         return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews, trained)
 
-    def _build(self) -> tuple[Engine, Trained, Live]:
+    def _build(self) -> tuple[Engine, Trained, Exporter, Live]:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
@@ -182,15 +177,10 @@ class Trainer:
         stage = self.world.stage(s.pipeline_stages)
         swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        if s.adapter:
-            inject(denoiser, self.family, s.adapter, s.seed)
-            if s.adapter.init_from_existing:
-                load_existing(denoiser, self.family, Path(s.adapter.init_from_existing).expanduser())
-        else:
-            choose_weights(denoiser, s.train_only, s.freeze, rates)
+        self._adapt(denoiser, rates)
         layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
-        dropout = bool(s.adapter and s.adapter.dropout)
+        dropout = bool(s.adapter and s.adapter.drops)
         if swap:
             swap.bind()
         chain = Chain(
@@ -209,6 +199,7 @@ class Trainer:
             memory_budget=s.activation_memory_budget,
         )
         owners = owners_of(layers, bounds)
+        adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
         del layers
         trained = Trained(
             names,
@@ -216,6 +207,8 @@ class Trainer:
             lambda parameters: build_optimizers(s.optimizer, parameters, rates),
             kahan=keeps_kahan_sums(s.optimizer),
         )
+        if s.ema_decay:
+            trained.ema = Ema(trained.stepped, s.ema_decay, s.ema_start_step, s.ema_on_cpu)
         for group in trained.groups:
             group["initial_lr"] = s.force_constant_lr or group["lr"]
         engine = build_engine(
@@ -227,12 +220,34 @@ class Trainer:
             max_norm=s.gradient_clipping,
             use_graphs=s.cuda_graphs and not dropout,
         )
+        exporter = Exporter(
+            s,
+            self.family,
+            self.world,
+            self.folder,
+            trained,
+            adapted,
+            engine.grid.get_stage_id(),
+            engine.grid.get_data_parallel_rank() == 0,
+        )
         stages = None
         if s.pipeline_stages > 1:
             ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
             stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
-        return engine, trained, live
+        return engine, trained, exporter, live
+
+    def _adapt(self, denoiser: nn.Module, rates: dict[str, float]) -> None:
+        """Adds adapters to the base, then chooses what is trained."""
+        s = self.settings
+        merged = [(Path(path).expanduser(), 1.0) for path in s.model.merge_adapters or ()]
+        fuse(denoiser, self.family, merged, "model.merge_adapters")
+        if s.adapter is None:
+            choose_weights(denoiser, s.train_only, s.freeze, rates)
+            return
+        fused = [(Path(entry.path).expanduser(), entry.weight) for entry in s.adapter.fuse_adapters]
+        fuse(denoiser, self.family, fused, "adapter.fuse_adapters")
+        inject(denoiser, self.family, s.adapter, s.seed)
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
