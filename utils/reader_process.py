@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import types
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def send(stream: BinaryIO, value: Any) -> None:
         os._exit(0)
 
 
-def receive(stream: BinaryIO) -> Any:
+def receive(stream: IO[bytes]) -> Any:
     """Reads what `send` wrote.
 
     Raises:
@@ -86,7 +86,7 @@ def receive(stream: BinaryIO) -> Any:
     return pickle.loads(data, buffers=buffers)
 
 
-def _read(stream: BinaryIO, size: int) -> bytearray:
+def _read(stream: IO[bytes], size: int) -> bytearray:
     data, done = bytearray(size), 0
     while done < size:
         count = stream.readinto(memoryview(data)[done:])  # type: ignore[attr-defined]
