@@ -123,8 +123,9 @@ def hide_weights(model: nn.Module) -> None:
     transformers' code does so where it sees a weight."""
     for module in model.modules():
         if type(module).__name__.endswith("DenseGatedActDense") and isinstance(module.wo, StoredLinear):
-            module.wo = nn.Sequential(module.wo)
-            module.wo.weight = None
+            hidden: Any = nn.Sequential(module.wo)
+            hidden.weight = None
+            module.wo = hidden
 
 
 def _load_bitsandbytes() -> None:

@@ -106,7 +106,7 @@ class Weights:
         scale = self._get(self._entry(scale_name), None).float()
         if scale.numel() > 1:  # one factor per row
             scale = (scale if rows is None else scale[rows]).reshape(-1, *[1] * (tensor.ndim - 1))
-        value = tensor.float() * scale
+        value: Any = tensor.float() * scale
         if entry.dtype == "F8_E4M3":
             value.stored_scale = scale
         return value
