@@ -494,7 +494,11 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None,
+        "Processes of each GPU that read pictures while caching. Left out: up to eight, as there are cores.",
+        ge=1,
+        step=1,
+        advanced=True,
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."
@@ -636,6 +640,11 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
+            problems.append(
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
