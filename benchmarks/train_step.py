@@ -61,7 +61,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     from diffusion_trainer.utils.media import Properties, Source
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
-    from diffusion_trainer.utils.trainer import Trainer, prepare_folder
+    from diffusion_trainer.utils.trainer import Data, Trainer, prepare_folder
     from diffusion_trainer.utils.weights import build
     from diffusion_trainer.utils.world import join_world
 
@@ -97,15 +97,15 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         profiler: Any = None
 
         def _prepare_data(self) -> Any:
-            return RandomCache()
+            return Data(RandomCache(), {}, {}, [])  # type: ignore[arg-type]
 
         def _build(self) -> Any:
-            engine, trained = super()._build()
+            built = super()._build()
             if self.profiler:
                 self.profiler.start()
-                run = engine.train_batch
+                engine, run = built[0], built[0].train_batch
                 engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
-            return engine, trained
+            return built
 
     values = {
         "output_dir": str(folder),
