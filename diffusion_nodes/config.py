@@ -16,7 +16,16 @@ from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
 from ..utils.environment import Environment
-from ..utils.settings import Lora, Optimizer, Sampling, TrainSettings, parse_dataset_settings, parse_train_settings
+from ..utils.settings import (
+    Loha,
+    Lokr,
+    Lora,
+    Optimizer,
+    Sampling,
+    TrainSettings,
+    parse_dataset_settings,
+    parse_train_settings,
+)
 from . import comfy
 from .files import copy_path, output_folder, write_copy
 from .schema import SettingsNode, Socket, Widget, widget, widgets
@@ -43,11 +52,17 @@ DISTILLED = ("flux", "flux2", "hunyuan-video")
 """Families whose pipeline takes the built-in guidance, not that of a negative prompt."""
 
 
+SWITCHES = ("convolutions", "use_rslora", "use_dora")
+"""Options of adapters that are left out when they are off: not every kind knows each of them."""
+
+
 class AdapterChoice(Table):
     """Whether there is an adapter."""
 
-    adapter_type: Literal["lora", "none"] = option(
-        "lora", "lora trains a small file beside the model, none the model itself."
+    adapter_type: Literal["lora", "none", "loha", "lokr"] = option(
+        "lora",
+        "lora, loha and lokr train a small file beside the model, none the model itself. LoHa and LoKr put more into "
+        "as large a file; LoRA is understood everywhere.",
     )
 
 
@@ -117,15 +132,17 @@ class AdapterConfigNode(SettingsNode):
     REQUIRED: ClassVar = {"adapter_type": widget(AdapterChoice, "adapter_type", prefix="adapter")}
     OPTIONAL: ClassVar = widgets(
         Lora, "rank", "dtype", "init_from_existing", "alpha", "dropout", "target_modules", "exclude_modules",
-        prefix="adapter")  # fmt: skip
+        *SWITCHES, prefix="adapter")  # fmt: skip
 
     def generate_adapter_config(self, **values: Any) -> tuple[dict[str, Any]]:
         """``{"adapter": ...}``, or nothing when all weights are to be trained."""
         settings = self.read(values)
-        if settings.pop("adapter_type") == "none":
+        kind = settings.pop("adapter_type")
+        if kind == "none":
             return ({},)
-        table = {"type": "lora", **settings}
-        validate(Lora, table, "adapter")
+        table = {"type": kind, **{key: value for key, value in settings.items() if key not in SWITCHES or value}}
+        tables: dict[str, type[Table]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
+        validate(tables[kind], table, "adapter")
         return ({"adapter": table},)
 
     @classmethod
