@@ -22,7 +22,7 @@ MODULES = {
     "model": tuple(contracts()),
     "config": (
         "GeneralConfig", "AdvancedTrainConfig", "ModelConfig", "AdapterConfigNode", "OptimizerConfigNode",
-        "TrainingSamplerConfig"),
+        "TrainingSamplerConfig", "RunEnvironmentNode"),
     "train": ("Train",),
     "monitor": ("TensorBoardMonitor", "OutputDirPassthrough"),
     "image_set_nodes": ("LoadImageSetNode", "LoadImageSetFromFolderNode", "LoadCaptionedImageSetNode"),
@@ -53,6 +53,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "AdapterConfigNode": "Adapter Config",
     "OptimizerConfigNode": "Optimizer Config",
     "TrainingSamplerConfig": "Training Sampler Config",
+    "RunEnvironmentNode": "Run Environment",
     "Train": "Start Training",
     "TensorBoardMonitor": "TensorBoard Monitor",
     "OutputDirPassthrough": "Output Directory Passthrough",

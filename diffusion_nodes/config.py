@@ -15,7 +15,17 @@ from typing import Any, ClassVar, Literal
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
-from ..utils.settings import Lora, Optimizer, Sampling, TrainSettings, parse_dataset_settings, parse_train_settings
+from ..utils.environment import Environment
+from ..utils.settings import (
+    Loha,
+    Lokr,
+    Lora,
+    Optimizer,
+    Sampling,
+    TrainSettings,
+    parse_dataset_settings,
+    parse_train_settings,
+)
 from . import comfy
 from .files import copy_path, output_folder, write_copy
 from .schema import SettingsNode, Socket, Widget, widget, widgets
@@ -42,11 +52,17 @@ DISTILLED = ("flux", "flux2", "hunyuan-video")
 """Families whose pipeline takes the built-in guidance, not that of a negative prompt."""
 
 
+SWITCHES = ("convolutions", "use_rslora", "use_dora")
+"""Options of adapters that are left out when they are off: not every kind knows each of them."""
+
+
 class AdapterChoice(Table):
     """Whether there is an adapter."""
 
-    adapter_type: Literal["lora", "none"] = option(
-        "lora", "lora trains a small file beside the model, none the model itself."
+    adapter_type: Literal["lora", "none", "loha", "lokr"] = option(
+        "lora",
+        "lora, loha and lokr train a small file beside the model, none the model itself. LoHa and LoKr put more into "
+        "as large a file; LoRA is understood everywhere.",
     )
 
 
@@ -116,15 +132,17 @@ class AdapterConfigNode(SettingsNode):
     REQUIRED: ClassVar = {"adapter_type": widget(AdapterChoice, "adapter_type", prefix="adapter")}
     OPTIONAL: ClassVar = widgets(
         Lora, "rank", "dtype", "init_from_existing", "alpha", "dropout", "target_modules", "exclude_modules",
-        prefix="adapter")  # fmt: skip
+        *SWITCHES, prefix="adapter")  # fmt: skip
 
     def generate_adapter_config(self, **values: Any) -> tuple[dict[str, Any]]:
         """``{"adapter": ...}``, or nothing when all weights are to be trained."""
         settings = self.read(values)
-        if settings.pop("adapter_type") == "none":
+        kind = settings.pop("adapter_type")
+        if kind == "none":
             return ({},)
-        table = {"type": "lora", **settings}
-        validate(Lora, table, "adapter")
+        table = {"type": kind, **{key: value for key, value in settings.items() if key not in SWITCHES or value}}
+        tables: dict[str, type[Table]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
+        validate(tables[kind], table, "adapter")
         return ({"adapter": table},)
 
     @classmethod
@@ -223,6 +241,27 @@ class TrainingSamplerConfig(SettingsNode):
         return (settings,)
 
 
+class RunEnvironmentNode(SettingsNode):
+    """Where and how the processes of a training run: GPUs, machines, and what CUDA and NCCL are told."""
+
+    CATEGORY = "Diffusion-Pipe/Train"
+    FUNCTION = "environment"
+    RETURN_TYPES = ("RUN_ENVIRONMENT",)
+    RETURN_NAMES = ("environment",)
+    OUTPUT_TOOLTIPS = ("For Start Training; the run folder's train.toml records it.",)
+    OPTIONAL: ClassVar = widgets(Environment, *Environment.model_fields, prefix="environment")
+
+    def environment(self, **values: Any) -> tuple[dict[str, Any]]:
+        """The [environment] table: what differs from the defaults."""
+        checked = validate(Environment, self.read(values), "environment")
+        return (checked.model_dump(exclude_defaults=True),)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, visible_gpus: str | None = None, variables: str | None = None) -> bool | str:
+        """Refuses what cannot be read or may not be set."""
+        return cls.check(visible_gpus=visible_gpus, variables=variables)
+
+
 class GeneralConfig(SettingsNode):
     """All settings of a training: joins model, adapter, optimizer and the settings here."""
 
@@ -307,9 +346,10 @@ class GeneralConfig(SettingsNode):
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, config_save_path: str | None = None) -> bool | str:
-        """Refuses a place where no file may be written."""
+    def VALIDATE_INPUTS(cls, config_save_path: str | None = None, output_dir: str | None = None) -> bool | str:
+        """Refuses places where nothing may be written."""
         try:
+            output_folder(output_dir or "")
             if (config_save_path or "").strip():
                 copy_path("config_save_path", str(config_save_path))
         except SettingsError as error:

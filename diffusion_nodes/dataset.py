@@ -207,8 +207,7 @@ class _DatasetConfig(SettingsNode):
 
     def tables(self, input_path: Any, frame_buckets: Any, ar_buckets: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         """The checked tables of a dataset.toml."""
-        settings = self.read(values)
-        settings.pop("output_path", None)
+        settings = {key: value for key, value in self.read(values).items() if key not in ("output_path", "name")}
         directory = {**_directory(input_path), "num_repeats": settings.pop("num_repeats")}
         settings["resolutions"] = as_sizes(settings["resolutions"])
         if not settings["enable_ar_bucket"]:

@@ -16,6 +16,8 @@ from .loss_plot import draw
 from .schema import SettingsNode, Socket, widget, widgets
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .lora_files import Existing, TrainedLora
     from .lora_training import Report
 
@@ -25,6 +27,9 @@ CATEGORY = "Diffusion-Pipe/LoRA"
 NONE = "[None]"
 TEXT_SECONDS, CURVE_SECONDS = 0.5, 2.0
 """How often the text and the curve on the node change, at most."""
+PICTURE = (512, 512)
+"""Largest size that ComfyUI sends of what a node shows while it works."""
+PREVIEW_GUIDANCE = 4.0
 
 
 class TrainLoRANode(SettingsNode):
@@ -92,10 +97,11 @@ class TrainLoRANode(SettingsNode):
         data = training.Inputs(inputs["latents"], inputs["positive"], single.get("negative"), masks)
         existing = read_existing(settings.existing_lora, model)
         first = existing.steps if existing else 0
+        display = _Display(settings.steps, first, node_id)
         hooks = training.Hooks(
-            watch=_Display(settings.steps, first, node_id),
+            watch=display,
             save=lambda lora, steps: _save_on_the_way(lora, settings.save_prefix, steps),
-            preview=lambda lora, steps: _Preview(model, single, settings, node_id).show(lora),
+            preview=lambda lora, steps: display.show(_sample(model, single, settings, lora)),
         )
         result = training.train(model, data, settings, existing, hooks)
         if result.interrupted:
@@ -247,22 +253,45 @@ def _save_on_the_way(lora: TrainedLora, prefix: str, steps: int) -> None:
 
 
 class _Display:
-    """The node's progress bar, its line of text and its curve while it trains."""
+    """The node's progress bar, its line of text, and below it the newest picture over the curve."""
 
     def __init__(self, steps: int, first: int, node_id: str | None) -> None:
         self.steps, self.first, self.node_id = steps, first, node_id
         self.begun = self.text_at = self.curve_at = time.monotonic()
+        self.report: Report | None = None
+        self.sample: Image | None = None
 
     def __call__(self, report: Report) -> None:
         now, last = time.monotonic(), report.step == self.steps
+        self.report = report
         picture = None
         if now - self.curve_at > CURVE_SECONDS or last:
             self.curve_at = now
-            picture = draw([("training", report.losses, self.first)], width=512, height=320)
+            picture = self._picture()
         if now - self.text_at > TEXT_SECONDS or last:
             self.text_at = now
             comfy.progress_text(self._text(report, now), self.node_id)
         comfy.progress(self.node_id, report.step, self.steps, picture)
+
+    def show(self, sample: Image | None) -> None:
+        """Shows a picture made with the LoRA so far, until there is a newer one."""
+        if sample is not None and self.report is not None:
+            self.sample = sample
+            comfy.progress(self.node_id, self.report.step, self.steps, self._picture())
+
+    def _picture(self) -> Image:
+        losses = [("training", self.report.losses if self.report else [], self.first)]
+        width, height = PICTURE
+        if self.sample is None:
+            return draw(losses, width=width, height=height * 5 // 8)
+        from PIL import Image as pillow
+        from PIL import ImageOps
+
+        whole = pillow.new("RGB", PICTURE, "white")
+        room = (width, height * 5 // 8)
+        whole.paste(ImageOps.pad(self.sample, room, pillow.Resampling.LANCZOS, "white"), (0, 0))
+        whole.paste(draw(losses, width=width, height=height - room[1]), (0, room[1]))
+        return whole
 
     def _text(self, report: Report, now: float) -> str:
         seconds = (now - self.begun) / report.step
@@ -273,39 +302,25 @@ class _Display:
         return f"step {report.step} of {self.steps}, loss {loss:.4f}, learning rate {report.rate:.2g}, {speed}"
 
 
-class _Preview:
-    """A picture with the LoRA so far, made by ComfyUI's sampler."""
+def _sample(model: Any, inputs: Mapping[str, Any], settings: LoraTraining, lora: Mapping[str, Any]) -> Image | None:
+    """A picture of the first caption at the first latent's size, made by ComfyUI's sampler; None without a VAE."""
+    import comfy.sample as sampler
+    import torch
+    from PIL import Image as pillow
 
-    def __init__(self, model: Any, inputs: Mapping[str, Any], settings: LoraTraining, node_id: str | None) -> None:
-        self.model, self.inputs, self.settings, self.node_id = model, inputs, settings, node_id
+    from .lora_samples import split_conditioning
 
-    def show(self, lora: Mapping[str, Any]) -> None:
-        """Samples the first caption at the first latent's size, and shows it on the node."""
-        import torch
-
-        vae = self.inputs.get("vae")
-        if vae is None:
-            return
-        with torch.inference_mode():
-            pixels = vae.decode(self._sample(lora))
-        picture = _to_pillow(pixels.reshape(-1, *pixels.shape[-3:])[0])
-        comfy.progress(self.node_id, 0, 1, picture)
-
-    def _sample(self, lora: Mapping[str, Any]) -> Any:
-        import comfy.sample as sampler
-        import torch
-
-        first = self.inputs["latents"]["samples"][:1]
-        latent = sampler.fix_empty_latent_channels(self.model, torch.zeros_like(first))
-        noise = sampler.prepare_noise(latent, self.settings.seed)
-        positive = self.inputs["positive"]
-        negative = self.inputs.get("negative") or [[torch.zeros_like(c), e] for c, e in positive]
-        return sampler.sample(
-            with_lora(self.model, lora), noise, 20, 4.0 if "negative" in self.inputs else 1.0, "euler", "simple",
-            positive, negative, latent, disable_pbar=True, seed=self.settings.seed)  # fmt: skip
-
-
-def _to_pillow(pixels: Any) -> Any:
-    from PIL import Image
-
-    return Image.fromarray((pixels.clamp(0, 1) * 255).byte().cpu().numpy())
+    vae = inputs.get("vae")
+    if vae is None:
+        return None
+    with torch.inference_mode():
+        latent = sampler.fix_empty_latent_channels(model, torch.zeros_like(inputs["latents"]["samples"][:1]))
+        positive = split_conditioning([inputs["positive"]])[:1]
+        negative = inputs.get("negative") or [[torch.zeros_like(text), extras] for text, extras in positive]
+        sampled = sampler.sample(
+            with_lora(model, lora), sampler.prepare_noise(latent, settings.seed), 20,
+            PREVIEW_GUIDANCE if "negative" in inputs else 1.0, "euler", "simple", positive, negative, latent,
+            disable_pbar=True, seed=settings.seed)  # fmt: skip
+        pixels = vae.decode(sampled)
+    first = pixels.reshape(-1, *pixels.shape[-3:])[0]
+    return pillow.fromarray((first.clamp(0, 1) * 255).byte().cpu().numpy())

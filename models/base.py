@@ -51,6 +51,9 @@ class ModelConfig(Table):
         "Left out: the same as dtype.",
         also=("diffusion_model_dtype",),
     )
+    merge_adapters: list[str] | None = option(
+        None, "LoRAs that are merged into the model before training, one per line.", lines=True, advanced=True
+    )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option(
         "logit_normal", "Which noise levels are trained most: logit_normal the middle ones, uniform all alike."
     )

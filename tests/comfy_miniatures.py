@@ -35,10 +35,15 @@ UNETS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 128, "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56),
     },
 }  # fmt: skip
-CONFIGS = {"sdxl": "SDXL", "flux": "Flux", "wan": "WAN21_T2V", "qwen": "QwenImage"}
-CHANNELS = {"sdxl": 4, "flux": 16, "wan": 16, "qwen": 16}
+UNETS["sd15"] = UNETS["sdxl"] | {"num_classes": None, "adm_in_channels": None, "use_linear_in_transformer": False}
+CONFIGS = {"sd15": "SD15", "sdxl": "SDXL", "flux": "Flux", "wan": "WAN21_T2V", "qwen": "QwenImage"}
+CHANNELS = {"sd15": 4, "sdxl": 4, "flux": 16, "wan": 16, "qwen": 16}
 WIDTH = 32
 """Of text embeddings."""
+POOLED = {"flux": 16}
+"""Of pooled embeddings, where it is not the same."""
+FULL = {"sdxl": (2048, 1280), "flux": (4096, 768), "wan": (4096, 4096), "qwen": (3584, 3584)}
+"""Both as the checkpoints in files have them."""
 
 
 def make_model(
@@ -92,22 +97,23 @@ def latents(family: str, count: int = 1, seed: int = 0, height: int = 8, width: 
     return {"samples": torch.randn(size, generator=generator)}
 
 
-def conditioning(family: str, seed: int = 0, tokens: int = 12, **extras: Any) -> Any:
-    """A CONDITIONING of one random caption."""
+def conditioning(family: str, seed: int = 0, tokens: int = 12, full: bool = False, **extras: Any) -> Any:
+    """A CONDITIONING of one random caption; ``full``: as wide as the checkpoints in files want it."""
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(1, tokens, WIDTH, generator=generator)
-    pooled = torch.randn(1, 16 if family == "flux" else WIDTH, generator=generator)
+    width, pooled_width = FULL[family] if full else (WIDTH, POOLED.get(family, WIDTH))
+    text = torch.randn(1, tokens, width, generator=generator)
+    pooled = torch.randn(1, pooled_width, generator=generator)
     return [[text, {"pooled_output": pooled, **extras}]]
 
 
-def output(model: Any, family: str, seed: int = 5, frames: int = 0) -> torch.Tensor:
+def output(model: Any, family: str, seed: int = 5, frames: int = 0, full: bool = False) -> torch.Tensor:
     """What the model makes of one fixed input, through ComfyUI's own sampling of one step."""
     import comfy.sample
 
     start = latents(family, 1, seed, frames=frames)["samples"]
     start = start.unsqueeze(2) if family in ("wan", "qwen") and not frames else start
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed + 1))
-    positive = conditioning(family, seed + 2)
+    positive = conditioning(family, seed + 2, full=full)
     with torch.inference_mode():
         return comfy.sample.sample(model, noise, 2, 1.0, "euler", "simple", positive, positive, start,
                                    disable_pbar=True, seed=seed).clone()  # fmt: skip

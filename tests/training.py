@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import av
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
@@ -50,12 +51,30 @@ def write_pictures(folder: Path, count: int = 6) -> Path:
     return folder
 
 
+def write_clips(folder: Path, count: int = 4, frames: int = 9, fps: int = 16) -> Path:
+    """Clips of a ball that moves, with captions; they may lie beside pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        with av.open(str(folder / f"clip{number}.mp4"), "w") as container:
+            stream: Any = container.add_stream("mpeg4", rate=fps)
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 64, "yuv420p", 5_000_000
+            for time in range(frames):
+                picture = Image.new("RGB", (64, 64), (40 * number, 80, 160))
+                left = 4 * time + 3 * number
+                ImageDraw.Draw(picture).ellipse((left, 8, left + 24, 32), fill=(200, 200, 50 * number))
+                container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+            container.mux(stream.encode())
+        (folder / f"clip{number}.txt").write_text(f"video of ball {number}", "utf-8")
+    return folder
+
+
 class Bench:
     """A folder with a miniature model, pictures and a shared cache, and trainings in it."""
 
-    def __init__(self, root: Path, family: str = "flux") -> None:
+    def __init__(self, root: Path, family: str = "flux", **variant: Any) -> None:
+        """``variant``: arguments of the family's `write_miniature`."""
         self.root = root
-        self.model = families()[family].write_miniature(root / "model")
+        self.model = families()[family].write_miniature(root / "model", **variant)
         self.pictures = write_pictures(root / "pictures")
 
     def settings(self, **changes: Any) -> dict[str, Any]:

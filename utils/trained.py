@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .config import SettingsError
+from .ema import Ema
 from .gradients import Gradients
 from .tensor_file import Promise, TensorFiles
 
@@ -69,6 +70,8 @@ class Trained:
             view = self.gradients.views[name]
             stepped.grad = view if stepped.device == view.device else torch.empty_like(stepped)
         self.optimizers = build(self.stepped)
+        self.ema: Ema | None = None
+        """Their moving average, where one is kept."""
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -84,6 +87,8 @@ class Trained:
                 stepped.grad.copy_(view)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.ema:
+            self.ema.update()
         self.publish()
 
     @torch.no_grad()
@@ -97,13 +102,21 @@ class Trained:
                 dist.broadcast(parameter.data, group=self.share.group, group_src=self.owner[name])
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The weights that are for use: those of schedule-free optimizers are averages; others stay as they are."""
+    def averaged(self, ema: bool = False) -> Iterator[None]:
+        """The weights that are for use: those of schedule-free optimizers are averages; others stay as they are.
+
+        Args:
+            ema: The moving average instead, where there is one.
+        """
         modes = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
-        before = {name: p.detach().clone() for name, p in self.stepped.items()} if modes else {}
+        average = self.ema if ema and self.ema and self.ema.has_begun else None
+        changed = bool(modes or average)
+        before = {name: p.detach().clone() for name, p in self.stepped.items()} if changed else {}
         for optimizer in modes:
             optimizer.eval()  # type: ignore[attr-defined]
-        if modes:
+        if average:
+            average.put_in()
+        if changed:
             self.publish()
         try:
             yield
@@ -112,7 +125,7 @@ class Trained:
                 optimizer.train()  # type: ignore[attr-defined]
             for name, value in before.items():  # exactly as they were: going there and back rounds
                 self.stepped[name].data.copy_(value)
-            if modes:
+            if changed:
                 self.publish()
 
     # -- out and in -----------------------------------------------------------------------------------

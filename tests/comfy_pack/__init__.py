@@ -15,6 +15,8 @@ mini = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(mini)
 FAMILY = (list(mini.FAMILIES),)
 SEED = ("INT", {"default": 0})
+FULL = ("BOOLEAN", {"default": False})
+"""Whether the model is a checkpoint from a file, which wants wide text embeddings."""
 
 
 class MiniatureModel:
@@ -48,10 +50,13 @@ class MiniatureConditioning:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"family": FAMILY, "count": ("INT", {"default": 1}), "seed": SEED}}
+        return {
+            "required": {"family": FAMILY, "count": ("INT", {"default": 1}), "seed": SEED},
+            "optional": {"full": FULL},
+        }
 
-    def make(self, family: str, count: int, seed: int) -> tuple[Any]:
-        return ([mini.conditioning(family, seed + n) for n in range(count)],)
+    def make(self, family: str, count: int, seed: int, full: bool = False) -> tuple[Any]:
+        return ([mini.conditioning(family, seed + n, full=full) for n in range(count)],)
 
 
 class MiniatureOutput:
@@ -64,18 +69,20 @@ class MiniatureOutput:
         return {
             "required": {"family": FAMILY, "name": ("STRING", {"default": "a"})},
             "optional": {"model": ("MODEL",), "lora": ("LORA_MODEL",), "loss": ("LOSS_MAP",),
-                         "steps": ("INT", {"forceInput": True})},
+                         "steps": ("INT", {"forceInput": True}), "full": FULL},
         }  # fmt: skip
 
     def write(
-        self, family: str, name: str, model: Any = None, lora: Any = None, loss: Any = None, steps: int | None = None
-    ) -> dict[str, Any]:
+        self, family: str, name: str, model: Any = None, lora: Any = None, loss: Any = None, steps: int | None = None,
+        full: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         import folder_paths
         import safetensors.torch
 
         folder = Path(folder_paths.get_output_directory())
         if model is not None:
-            safetensors.torch.save_file({"output": mini.output(model, family)}, folder / f"{name}.model.safetensors")
+            output = {"output": mini.output(model, family, full=full)}
+            safetensors.torch.save_file(output, folder / f"{name}.model.safetensors")
         if lora is not None:
             safetensors.torch.save_file(dict(lora), folder / f"{name}.lora.safetensors")
         (folder / f"{name}.json").write_text(json.dumps({"loss": (loss or {}).get("loss"), "steps": steps}))

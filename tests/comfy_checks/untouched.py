@@ -1,0 +1,74 @@
+"""What training leaves as it was, and Cancel."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import comfy.model_management as management
+import comfy_miniatures as mini
+import torch
+from diffusion_trainer.diffusion_nodes import lora_objective, lora_training
+
+from .harness import loras, models, picture_of, train
+
+
+def check_nothing_else_is_changed() -> None:
+    def ends_well(model: Any, family: str) -> None:
+        train(model, family)
+
+    def fails(model: Any, family: str) -> None:
+        usual = lora_objective._LOSSES["Huber"]
+        lora_objective._LOSSES["Huber"] = broken
+        with contextlib.suppress(ZeroDivisionError):
+            train(model, family, loss_function="Huber")
+            raise AssertionError("no error")
+        lora_objective._LOSSES["Huber"] = usual
+
+    def broken(*_: Any, **__: Any) -> Any:
+        torch.rand(3)
+        torch.backends.cudnn.benchmark = True
+        return 1 / 0
+
+    def is_cancelled(model: Any, family: str) -> None:
+        management.interrupt_current_processing()
+        with contextlib.suppress(management.InterruptProcessingException):
+            train(model, family)
+            raise AssertionError("not cancelled")
+
+    for family, model in models():
+        with torch.inference_mode():
+            for way in (ends_well, fails, is_cancelled):
+                for sampled in (False, True):
+                    if sampled:
+                        mini.output(model, family)
+                    before = picture_of(model)
+                    way(model, family)
+                    after = picture_of(model)
+                    for key in before:
+                        assert before[key] == after[key], f"{family}, {way.__name__}: {key} changed"
+
+
+def check_cancel_keeps_or_discards() -> None:
+    family, model = next(models())
+    usual = lora_training._Run._step
+    for choice in ("discard", "keep"):
+
+        def step(self: Any) -> float:
+            if self.done == 3:
+                management.interrupt_current_processing()
+            return usual(self)
+
+        lora_training._Run._step = step
+        try:
+            result = train(model, family, steps=50, on_cancel=choice, save_every=40, save_prefix=f"loras/{choice}")
+            assert choice == "keep" and len(result[2]["loss"]) in (3, 4) and result[3] in (3, 4)
+        except management.InterruptProcessingException:
+            assert choice == "discard"
+        finally:
+            lora_training._Run._step = usual
+        saved = list((loras()).glob(f"{choice}_*_steps.safetensors"))
+        assert len(saved) == 1, saved
+    assert torch.is_grad_enabled()
