@@ -1,14 +1,19 @@
 """Trainings of SDXL: cut into stages, stopped and resumed, with and without its text encoders."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from diffusion_trainer.models import unet
+from diffusion_trainer.utils.adapters import inject
 from diffusion_trainer.utils.run_folder import RunFolder
-from safetensors.torch import load_file
+from diffusion_trainer.utils.settings import family_of, parse_train_settings
+from safetensors.torch import load_file, save_file
 from training import Bench, Result, StopsAfter
 
+CPU = torch.device("cpu")
 FROZEN = {"text_encoder_1_lr": 0.0, "text_encoder_2_lr": 0.0}
 LONG = "red " * 90
 
@@ -79,6 +84,59 @@ def test_each_network_has_its_learning_rate(bench: Bench) -> None:
     for prefix, rate in (("lora_unet_", 1e-3), ("lora_te1_", 1e-4), ("lora_te2_", 1e-5)):
         ups = [v.abs().max().item() for k, v in lora.items() if k.startswith(prefix) and k.endswith("lora_up.weight")]
         assert max(ups) == pytest.approx(rate, rel=1e-3)  # Adam's first step
+
+
+def test_a_unet_that_is_frozen_gets_no_adapter(bench: Bench) -> None:
+    result = bench.train(max_steps=4, model={"unet_lr": 0.0})
+    assert {key.split("_")[1] for key in result.lora()} == {"te1", "te2"}
+    ups = [value for key, value in result.lora().items() if key.endswith("lora_up.weight")]
+    assert all(value.abs().max() > 0 for value in ups)
+
+
+def test_swapped_blocks_change_nothing(bench: Bench, plain: Result) -> None:
+    assert bench.train(epochs=2, blocks_to_swap=6).curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
+
+
+def test_lora_in_diffusers_predicts_as_in_training(bench: Bench, plain: Result) -> None:
+    settings = parse_train_settings(bench.settings(adapter={"init_from_existing": plain.status.exports[-1]}))
+    family = family_of(settings)
+    ours = inject(family.load_denoiser(CPU), family, settings.adapter, 0)
+    pipe = family.pipeline(family.load_denoiser(CPU), CPU)
+    before = picture(pipe)
+    pipe.load_lora_weights(plain.status.exports[-1], weight_name="adapter_model.safetensors")
+    after, trained = picture(pipe), picture(family.pipeline(ours, CPU))
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, trained, rtol=1e-4, atol=1e-5)
+
+
+def picture(pipeline: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"prompt": "a ball", "height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
+    return pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.mark.parametrize("spelling", ["as exported", "original names"])
+def test_starts_from_kohyas_files(bench: Bench, plain: Result, tmp_path: Path, spelling: str) -> None:
+    """kohya-ss names the layers of SDXL's U-Net as the original file does."""
+    family = family_of(parse_train_settings(bench.settings()))
+    names = [name for name, _ in family.build_denoiser()["unet"].named_modules()]
+    lora = plain.lora()
+    if spelling == "original names":
+        renamed = {}
+        for name in names:
+            for key in [key for key in lora if key.startswith(f"lora_unet_{name.replace('.', '_')}.")]:
+                ending = key.split(".", 1)[1]
+                flat = unet.original_name(name, family._unet_config).replace(".", "_")
+                renamed[f"lora_unet_{flat}.{ending}"] = lora[key]
+        assert len(renamed) == len([key for key in lora if key.startswith("lora_unet_")])
+        lora = renamed | {key: value for key, value in lora.items() if not key.startswith("lora_unet_")}
+    save_file(lora, tmp_path / "lora.safetensors")
+    again = bench.train(
+        adapter={"init_from_existing": str(tmp_path / "lora.safetensors")}, max_steps=1, optimizer={"lr": 0.0}
+    ).lora()
+    assert again.keys() == plain.lora().keys()
+    for key, value in plain.lora().items():
+        torch.testing.assert_close(again[key], value)
 
 
 @pytest.mark.parametrize("v_pred", [False, True])
