@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.base import Layer
-from . import attention
+from ..models.base import Layer, ModelConfig
+from . import attention, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
@@ -171,6 +171,7 @@ class Trainer:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
+        storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
@@ -266,6 +267,21 @@ class Trainer:
 
 def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
     return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
+
+
+def _can_multiply(model: ModelConfig, device: torch.device) -> bool:
+    """Whether the matmuls shall run in the precision of the stored weights.
+
+    Raises:
+        SettingsError: This GPU cannot.
+    """
+    is_float8 = model.quantized_matmul and model.transformer_dtype != "int8"
+    if is_float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise SettingsError(
+            "model.quantized_matmul: this GPU has no float8 arithmetic (RTX 40 and newer have); use "
+            "transformer_dtype = 'int8' or switch it off"
+        )
+    return model.quantized_matmul
 
 
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
