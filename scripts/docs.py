@@ -29,9 +29,11 @@ UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae":
          "lora": "LoRA"}  # fmt: skip
 WORDS = {
     "en": {"inputs": "Inputs", "outputs": "Outputs", "input": "Input", "type": "Type", "default": "Default",
-           "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced"},
+           "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced",
+           "nodes": "Nodes", "node": "Node"},
     "zh": {"inputs": "输入", "outputs": "输出", "input": "输入", "type": "类型", "default": "默认值", "range": "范围",
-           "meaning": "说明", "output": "输出", "link": "连线", "advanced": "高级"},
+           "meaning": "说明", "output": "输出", "link": "连线", "advanced": "高级", "nodes": "节点",
+           "node": "节点"},
 }  # fmt: skip
 
 
@@ -119,6 +121,21 @@ def node_page(name: str, language: str) -> str:
     ]:
         head = [words[key] for key in ("output", "type", "meaning")]
         lines += [f"## {words['outputs']}", "", *_table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def nodes_page(language: str) -> str:
+    """The table of all nodes, by their place in ComfyUI's menu."""
+    nodes, words = package("nodes"), WORDS[language]
+    by_place: dict[str, list[list[str]]] = {}
+    for name, cls in nodes.NODE_CLASS_MAPPINGS.items():
+        page = f"../web/docs/{name}.md" if language == "en" else f"../web/docs/{name}/zh.md"
+        title = _in(language, "nodes", name, nodes.NODE_DISPLAY_NAME_MAPPINGS[name])
+        row = [f"[{title}]({page})", f"`{name}`", _text(language, _description(cls))]
+        by_place.setdefault(cls.CATEGORY, []).append(row)
+    lines = [f"# {words['nodes']}", ""]
+    for place, rows in by_place.items():
+        lines += [f"## {place}", "", *_table([words["node"], "id", words["meaning"]], rows), ""]
     return "\n".join(lines)
 
 
@@ -235,6 +252,7 @@ def _files() -> dict[Path, str]:
         result[ROOT / "web/docs" / f"{name}.md"] = node_page(name, "en")
         result[ROOT / "web/docs" / name / "zh.md"] = node_page(name, "zh")
     result[ROOT / "docs/options.md"] = options_page()
+    result[ROOT / "docs/nodes.md"], result[ROOT / "docs/nodes.zh.md"] = map(nodes_page, LANGUAGES)
     examples = importlib.import_module("examples")
     tables = {"optimizer": settings.Optimizer, "sample": settings.Sampling, "eval_datasets": settings.EvalDataset,
               "environment": package("utils.environment").Environment}  # fmt: skip
