@@ -1,7 +1,7 @@
 """Seconds per step and memory of TrainLoRANode against ComfyUI's own TrainLoraNode, at the same settings.
 
     COMFYUI_DIR=... $COMFYUI_PYTHON benchmarks/train_lora_node.py [--family wan] [--width 1024] [--layers 8]
-        [--size 32] [--batch 1 4] [--steps 4] [--rounds 5] [--dtype bf16] [--gpu]
+        [--size 32] [--batch 1 4] [--steps 4] [--rounds 5] [--dtype bf16] [--gpu [--dynamic]]
 
 The model is ComfyUI's own with random weights. Both nodes train rank 8 with AdamW and gradient checkpointing, with
 as many captions as pictures. They take turns, so that what else the machine does hits both. A step is timed from
@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each node")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--dynamic", action="store_true", help="with ComfyUI's dynamic VRAM")
     return parser.parse_args()
 
 
@@ -190,7 +191,7 @@ def main() -> int:
         for name in ("custom_nodes", "models", "input", "output/loras", "temp", "user"):
             (Path(folder) / name).mkdir(parents=True)
         os.chdir(os.environ["COMFYUI_DIR"])
-        enter_comfyui(Path(folder), cpu=not options.gpu)
+        enter_comfyui(Path(folder), cpu=not options.gpu, dynamic=options.dynamic)
         clock.install()
         nodes = {"comfyui": run_comfyui, "ours": run_ours}
         for batch in options.batch:
