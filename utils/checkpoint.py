@@ -55,10 +55,11 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     barrier()
-    if is_writer:
+    if is_writer or trained.collective:
         tensors, rest = trained.state()
-        write_tensors(draft / f"weights-{part}.safetensors", trained.masters())
-        write_tensors(draft / f"optimizer-{part}.safetensors", tensors)
+        write_tensors(draft / f"weights-{part}.safetensors" if is_writer else None, trained.masters())
+        write_tensors(draft / f"optimizer-{part}.safetensors" if is_writer else None, tensors)
+    if is_writer:
         torch.save(rest, draft / f"optimizer-{part}.pt")
     barrier()
     if is_main:
