@@ -38,6 +38,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    StorageDtype,
     fingerprint,
     in_comfyui,
     read_json,
@@ -125,6 +126,9 @@ class SDXLConfig(ModelConfig):
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option("uniform", NO_EFFECT, advanced=True)
     sigmoid_scale: float = option(1.0, NO_EFFECT, gt=0, step=0.1, advanced=True)
+    text_encoder_dtype: StorageDtype | None = option(
+        None, "Has no effect: SDXL's text encoders are small.", advanced=True
+    )
 
     @field_validator("timestep_sample_method")
     @classmethod

@@ -37,13 +37,24 @@ class Exporter:
     is_writer: bool
     """Whether this process is the first of those that train the same weights."""
 
-    def write(self, name: str, step: int, epoch: int) -> Path:
-        """Exports the weights as they are to ``<run folder>/<name>``; every process calls it."""
+    def write(self, name: str, step: int, epoch: int) -> list[Path]:
+        """Exports to ``<run folder>/<name>``, and the moving average, if both are wanted, to ``<name>_ema``; every
+        process calls it. Gives the folders, the best last."""
+        ema, wanted = self.trained.ema, self.settings.ema_export
+        if ema is None or not ema.has_begun or wanted == "trained":
+            return [self._write(name, step, epoch, ema=False)]
+        if wanted == "ema":
+            return [self._write(name, step, epoch, ema=True)]
+        return [self._write(name, step, epoch, ema=False), self._write(f"{name}_ema", step, epoch, ema=True)]
+
+    def _write(self, name: str, step: int, epoch: int, ema: bool) -> Path:
         target = self.folder.path / name
         about = {"base_model": self.settings.model.type, "steps": str(step), "epoch": str(epoch),
                  "seed": str(self.settings.seed), "trained_with": "diffusion-trainer"}  # fmt: skip
+        if ema:
+            about["ema_decay"] = str(self.settings.ema_decay)
         copies = [self.folder.train_toml, self.folder.dataset_toml]
-        with self.trained.averaged():
+        with self.trained.averaged(ema):
             if self.settings.adapter is None:
                 self._write_model(target, about, copies)
             else:

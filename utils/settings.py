@@ -33,6 +33,15 @@ class FusedAdapter(Table):
     path: str = option(..., "A .safetensors file, or a folder that holds one.", picker="loras")
     weight: float = option(1.0, "Its strength.", step=0.05)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """``a.safetensors * 0.8``, or the file alone."""
+        if not isinstance(value, str):
+            return value
+        path, star, weight = value.rpartition(" * ")
+        return {"path": path.strip(), "weight": weight.strip()} if star else {"path": value}
+
 
 class AdapterTable(Table):
     """What every kind of adapter has."""
@@ -75,7 +84,11 @@ class AdapterTable(Table):
         None, "An adapter to start from: a .safetensors file or a folder that holds one.", picker="loras"
     )
     fuse_adapters: list[FusedAdapter] = option(
-        [], "Adapters that are added to the base before training: [{path = ..., weight = 1.0}].", advanced=True
+        [],
+        "Adapters that are added to the base before training: tables with path and weight, or lines such as "
+        "style.safetensors * 0.8.",
+        lines=True,
+        advanced=True,
     )
 
     @property
@@ -311,13 +324,13 @@ class TrainSettings(Table):
     train_only: list[str] | None = option(
         None,
         "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     freeze: list[str] | None = option(
         None,
         "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     learning_rates: dict[str, float] = option(
@@ -326,8 +339,29 @@ class TrainSettings(Table):
         advanced=True,
     )
 
-    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0."
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial", "one_cycle"] = option(
+        "constant",
+        "How the learning rate goes on after warm-up, up to the last step: stays, falls straight, along a cosine or a "
+        "power, or rises and falls once (one_cycle).",
+    )
+    lr_min_ratio: float = option(
+        0.0, "Share of the learning rate that falling schedules end with.", ge=0, le=1, step=0.01, advanced=True
+    )
+    lr_power: float = option(
+        2.0,
+        "For lr_scheduler polynomial: 1 falls straight, more falls sooner.",
+        gt=0,
+        step=0.1,
+        ui_max=100,
+        advanced=True,
+    )
+    lr_cycles: int = option(
+        1,
+        "For lr_scheduler cosine: how often it falls, beginning anew each time.",
+        ge=1,
+        step=1,
+        ui_max=1000,
+        advanced=True,
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
     force_constant_lr: float | None = option(
@@ -336,6 +370,26 @@ class TrainSettings(Table):
         gt=0,
         step=1e-8,
         advanced=True,
+    )
+
+    ema_decay: float | None = option(
+        None,
+        "Keep a moving average of the trained weights that keeps this share of itself at each step, such as 0.999. "
+        "Left out: none.",
+        gt=0,
+        lt=1,
+        step=0.0001,
+    )
+    ema_start_step: int = option(0, "Steps before the average begins.", ge=0, step=1, ui_max=1000000, advanced=True)
+    ema_on_cpu: bool = option(False, "Keep the average in main memory: less on the GPU, slower steps.", advanced=True)
+    ema_export: Literal["both", "ema", "trained"] = option(
+        "both",
+        "Which weights are exported: the average (in a folder whose name ends in _ema if both are), those of the last "
+        "step, or both.",
+        advanced=True,
+    )
+    ema_for_samples: bool = option(
+        True, "Draw samples and measure eval sets with the average, not with the last step's weights.", advanced=True
     )
 
     number_of_gpus: int = option(
@@ -449,7 +503,11 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None,
+        "Processes of each GPU that read pictures while caching. Left out: up to eight, as there are cores.",
+        ge=1,
+        step=1,
+        advanced=True,
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."
@@ -592,6 +650,11 @@ class TrainSettings(Table):
             )
         problems += _bad_patterns(self)
         problems += _zero_problems(self) if self.zero_stage >= 2 else []
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
+            problems.append(
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"

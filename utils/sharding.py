@@ -123,6 +123,7 @@ class ShardedTrained(Trained):
         self.stepped = {name: nn.Parameter(local(p.detach())) for name, p in self.parameters.items()}
         self.gradients = ShardedGradients(self.parameters, dist.group.WORLD)
         self.optimizers = build(self.stepped)
+        self.ema = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -130,11 +131,13 @@ class ShardedTrained(Trained):
             self.stepped[name].grad = None if parameter.grad is None else local(parameter.grad)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.ema:
+            self.ema.update()
 
     def publish(self) -> None:
         """Nothing to do: what is stepped is what the model gathers."""
 
-    def _promise(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> Promise:
+    def promise(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> Promise:
         """The whole of what ranks have shares of; all ranks make it together."""
         whole = self.all[name]
         if not isinstance(whole, DTensor) or value.shape != local(whole).shape:
@@ -149,7 +152,7 @@ class ShardedTrained(Trained):
         )
         return Promise(tuple(whole.shape), dtype or value.dtype, shares.full_tensor)
 
-    def _mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
+    def mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a whole tensor."""
         whole = self.all[name]
         if not isinstance(whole, DTensor) or value.shape != whole.shape:
