@@ -150,6 +150,8 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
     """Joins the other processes and trains."""
     if arguments.deepspeed_config:
         logger.warning("--deepspeed_config: not used; DeepSpeed's settings follow from --config")
+    for name, value in settings.environment.as_variables().items():  # before torch is imported, which reads some
+        os.environ.setdefault(name, value)
     if arguments.master_port:
         os.environ["MASTER_PORT"] = str(arguments.master_port)
     trainer = _module("utils.trainer")

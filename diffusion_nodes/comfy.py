@@ -70,6 +70,11 @@ def user_directory() -> Path:
     return Path(_module("folder_paths").get_user_directory()) if inside() else _base / "user"
 
 
+def dataset_directories() -> list[Path]:
+    """Where newer versions of ComfyUI keep datasets."""
+    return model_folders("datasets") if inside() else [_base / "datasets"]
+
+
 def models_directory() -> Path:
     """The folder of model folders; `model_folders` knows also those elsewhere."""
     return Path(_module("folder_paths").models_dir) if inside() else _base / "models"

@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..utils.adapter_layers import Adapter, Loha, Lokr, Lora, Shape
 from ..utils.config import SettingsError
-from .lora_adapters import Adapter, Loha, Lokr, Lora, Shape
 from .lora_layers import layers, shape_of
 
 OPTIMIZER_SUFFIX = ".optimizer"

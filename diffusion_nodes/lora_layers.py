@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import grad as conv_grad
 from torch.utils.checkpoint import checkpoint
 
-from .lora_adapters import Adapter, Lora, Shape
+from ..utils.adapter_layers import Adapter, Lora, Shape
 
 _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()

@@ -1,6 +1,6 @@
 """Trains a LoRA on a model that ComfyUI has loaded: the loop, without any node around it.
 
-Read in this order: lora_settings, lora_samples (what is trained on), lora_objective (the loss), lora_adapters and
+Read in this order: lora_settings, lora_samples (what is trained on), lora_objective (the loss), adapter_layers and
 lora_layers (what is trained, and how it is put into the model), lora_files (what comes in and goes out), this.
 """
 
@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.adapter_layers import Adapter, new_adapter
 from ..utils.config import SettingsError
 from . import comfy
-from .lora_adapters import Adapter, new_adapter
 from .lora_files import STEPS_KEY, Existing, TrainedLora, optimizer_state, restore_optimizer, state_of
 from .lora_layers import attached, shape_of, targets
 from .lora_objective import draw_sigmas, loss, noisy

@@ -19,11 +19,12 @@ from typing import Any
 from ..models import families
 from ..utils import launch
 from ..utils.config import SettingsError, read_toml, write_toml
+from ..utils.environment import Environment
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
-from . import comfy
+from . import comfy, files
 from .schema import widget
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class Train:
                 "share_gpu": ("BOOLEAN", {
                     "default": False, "advanced": True, "tooltip": "Start although another training uses the same GPU. "
                     "Both then need memory for themselves."}),
+                "environment": ("RUN_ENVIRONMENT", {
+                    "tooltip": "GPUs, machines and variables, from Run Environment."}),
                 "grace_seconds": ("INT", {
                     "default": 60, "min": 0, "max": 3600, "step": 1, "advanced": True, "tooltip": "After Cancel the "
                     "training has so many seconds to save; then it is ended by force."}),
@@ -101,7 +104,8 @@ class Train:
     async def execute(
         self, dataset_config: Mapping[str, Any], train_config: Mapping[str, Any], config_path: str = "",
         resume_from_checkpoint: str = "", wait: bool = True, resume: str = NEW_RUN, share_gpu: bool = False,
-        grace_seconds: int = 60, unique_id: str | None = None, **run_options: Any,
+        grace_seconds: int = 60, environment: Mapping[str, Any] | None = None, unique_id: str | None = None,
+        **run_options: Any,
     ) -> tuple[str, str, str, str]:  # fmt: skip
         """Trains, or joins the run that already trains with these settings.
 
@@ -110,7 +114,8 @@ class Train:
             ProcessError: The GPUs are in use, or the processes cannot be started.
             RuntimeError: The training failed; holds the cause and the end of its log.
         """
-        train, dataset = _tables({**train_config, **_chosen(run_options)}, dataset_config)
+        given = {"environment": dict(environment)} if environment else {}
+        train, dataset = _tables({**train_config, **_chosen(run_options), **given}, dataset_config)
         asked = _asked_run(resume_from_checkpoint, resume, train.pop("resume_from_checkpoint", False))
         identity = hashlib.sha256(json.dumps([train, dataset], sort_keys=True).encode()).hexdigest()
         run = launch.find(identity)
@@ -137,7 +142,10 @@ def _tables(
     """The checked tables, with absolute paths: the trainer works in another folder than ComfyUI."""
     train = as_toml(parse_train_settings(train_config))
     dataset = as_toml(parse_dataset_settings(dataset_config))
-    train["output_dir"] = comfy.resolve(train["output_dir"])
+    train["output_dir"] = files.output_folder(comfy.resolve(train["output_dir"]))
+    for key in ("cache_dir", "dump_dataset"):
+        if train.get(key):
+            train[key] = str(files.folder(key, comfy.resolve(train[key])))
     train.pop("dataset", None)
     for directory in dataset["directory"]:
         for key in ("path", "control_path", "mask_path", "default_mask_file"):
@@ -175,9 +183,10 @@ def _run_to_resume(output_dir: Path, asked: str) -> RunFolder:
 
 
 def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked: str, share_gpu: bool) -> launch.Run:
-    num_gpus = int(train["number_of_gpus"])
-    _check_machine(num_gpus)
-    family_of(parse_train_settings(train)).check_files()
+    settings = parse_train_settings(train)
+    environment, num_gpus = settings.environment, settings.number_of_gpus
+    _check_machine(num_gpus, environment.visible_gpus or [])
+    family_of(settings).check_files()
     output_dir = Path(train["output_dir"])
     try:
         folder = _run_to_resume(output_dir, asked) if asked else RunFolder.create(output_dir)
@@ -189,14 +198,26 @@ def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked:
     comfy.free_vram()
     resume = folder.path.name if asked else None
     try:
-        return launch.start(folder, num_gpus=num_gpus, identity=identity, resume=resume, allow_shared=share_gpu)
+        return launch.start(
+            folder, num_gpus=num_gpus, identity=identity, resume=resume, gpus=environment.visible_gpus,
+            env=environment.as_variables(), master_port=environment.master_port, machines=_machines(environment),
+            allow_shared=share_gpu)  # fmt: skip
     except ProcessError:
         if not asked:
             shutil.rmtree(folder.path)  # made a moment ago, for a run that is not to be
         raise
 
 
-def _check_machine(num_gpus: int) -> None:
+def _machines(environment: Environment) -> list[str]:
+    """The launcher's arguments for several machines; none for this one alone."""
+    if not environment.hostfile:
+        return []
+    given = {"hostfile": environment.hostfile, "num_nodes": environment.num_nodes,
+             "master_addr": environment.master_addr}  # fmt: skip
+    return [f"--{name}={value}" for name, value in given.items() if value]
+
+
+def _check_machine(num_gpus: int, chosen: list[int]) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         requirements = launch.TRAIN_SCRIPT.with_name("requirements.txt")
         raise RuntimeError(f"DeepSpeed is not installed in the Python that runs ComfyUI; install it with: "
@@ -204,6 +225,8 @@ def _check_machine(num_gpus: int) -> None:
     import torch  # ComfyUI has long loaded it
 
     present = torch.cuda.device_count()
+    if present and chosen and max(chosen) >= present:
+        raise SettingsError(f"environment.visible_gpus: this machine has GPUs 0 to {present - 1}, got {chosen}")
     if present and num_gpus > present:
         raise SettingsError(f"number_of_gpus: must be at most {present} on this machine, got {num_gpus}")
 

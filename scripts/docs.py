@@ -154,10 +154,12 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 def options_page() -> str:
     """Tables of every option of both TOML files."""
     settings, families = package("utils.settings"), package("models").families()
-    parts = [("train.toml", settings.TrainSettings), ("[adapter]", settings.Lora), ("[optimizer]", settings.Optimizer),
+    parts = [("train.toml", settings.TrainSettings), ("[adapter]", settings.Lora),
+             ('[adapter] with type = "loha"', settings.Loha), ('[adapter] with type = "lokr"', settings.Lokr),
+             ("[[adapter.fuse_adapters]]", settings.FusedAdapter), ("[optimizer]", settings.Optimizer),
              ("[sample]", settings.Sampling), ("[monitoring]", settings.Monitoring)]  # fmt: skip
     planned = {kind: config for kind, config in package("models").configs().items() if kind not in families}
-    parts.append(("[[eval_datasets]]", settings.EvalDataset))
+    parts += [("[environment]", package("utils.environment").Environment), ("[[eval_datasets]]", settings.EvalDataset)]
     parts += [(f'[model] with type = "{kind}"', family.Config) for kind, family in families.items()]
     parts += [
         (f'[model] with type = "{kind}", which cannot be trained yet', config) for kind, config in planned.items()

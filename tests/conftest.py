@@ -9,6 +9,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniatures; threads that wait for each other crawl on a busy machine
 
+os.environ["XDG_CONFIG_HOME"] = os.devnull  # the settings of who runs the tests are not to count
+
 ROOT = Path(__file__).resolve().parent.parent
 if "diffusion_trainer" not in sys.modules:
     spec = importlib.util.spec_from_file_location(

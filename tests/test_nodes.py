@@ -10,10 +10,23 @@ from pathlib import Path
 import pytest
 from diffusion_trainer.diffusion_nodes import comfy, files
 from diffusion_trainer.diffusion_nodes.config import OPTIMIZER_TAKES
+from diffusion_trainer.diffusion_nodes.deferred import real
+from diffusion_trainer.diffusion_nodes.run_config import SET_ELSEWHERE
+from diffusion_trainer.diffusion_nodes.schema import Widget, can_be_typed
+from diffusion_trainer.diffusion_nodes.train import RUN_OPTIONS
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts.workflow import widget_names
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.environment import Environment
+from diffusion_trainer.utils.settings import (
+    DatasetSettings,
+    Lora,
+    Optimizer,
+    Sampling,
+    TrainSettings,
+    parse_dataset_settings,
+    parse_train_settings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +79,7 @@ def test_the_defaults_make_valid_settings(base):
     assert train["model"] == {"type": "flux", "dtype": "bfloat16", "timestep_sample_method": "logit_normal",
                               "diffusers_path": str(base / "models/diffusers/flux"), "bypass_guidance_embedding": False,
                               "flux_shift": False, "guidance": 1.0, "max_sequence_length": 512, "sigmoid_scale": 1.0,
-                              "min_t": 0.0, "max_t": 1.0}  # fmt: skip
+                              "min_t": 0.0, "max_t": 1.0, "quantized_matmul": False}  # fmt: skip
     assert train["optimizer"] == {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01, "eps": 1e-8}
     assert train["adapter"] == {"type": "lora", "rank": 32, "dropout": 0.0}
     assert output_dir == train["output_dir"] == str(base / "output/training")
@@ -116,6 +129,174 @@ def test_a_wrong_link_is_refused_by_name():
         call("GeneralConfig", optimizer_config={}, model_config="error", dataset_config=dataset())
     with pytest.raises(SettingsError, match=r"model\.type: 'sdxl9' is unknown"):
         call("ModelConfig", model_path={"type": "sdxl9"})
+
+
+# -- several folders, edit and mask datasets, evaluation, samples ---------------------------------------------
+
+
+@pytest.fixture
+def folders(base):
+    for name in ("target", "start1", "start2", "masks", "more"):
+        (base / "input" / name).mkdir()
+    return base / "input"
+
+
+def test_edit_and_mask_folders(folders):
+    (edit,) = call("EditModelDatasetPathNode", target_path="target", control_path="start1")
+    assert edit == {"path": str(folders / "target"), "control_path": str(folders / "start1")}
+    (alone,) = call("EditModelDatasetPathNode", target_path="target")
+    assert alone == {"path": str(folders / "target")}
+    (several,) = call("MultiImageEditDatasetPathNode", target_path="target", control_paths="start1\n\nstart2\n")
+    assert several["control_paths"] == [str(folders / "start1"), str(folders / "start2")]
+    (masked,) = call("MaskDatasetPathNode", dataset_path="target", mask_path="masks")
+    assert masked["mask_path"] == str(folders / "masks")
+    for path in (edit, alone, several, masked):
+        (tables,) = call("GeneralDatasetConfig", input_path=path, num_repeats=3)
+        assert tables["directory"] == [{**path, "num_repeats": 3.0}]
+        assert parse_dataset_settings(tables)
+
+
+def test_missing_folders_are_refused_before_anything_runs(folders):
+    cases = {
+        "EditModelDatasetPathNode": ({"target_path": "target", "control_path": "x"}, "control_path: '"),
+        "MultiImageEditDatasetPathNode": (
+            {"target_path": "target", "control_paths": "start1\nx"}, "control_paths, line 2: '"),
+        "MaskDatasetPathNode": ({"dataset_path": "", "mask_path": "masks"}, "dataset_path: required, but empty"),
+    }  # fmt: skip
+    for name, (values, message) in cases.items():
+        assert NODES[name].VALIDATE_INPUTS(**values).startswith(message)
+        assert NODES[name].VALIDATE_INPUTS(**dict.fromkeys(values)) is True  # linked
+
+
+def test_folders_in_a_row_have_settings_of_their_own(folders):
+    tables = dataset(caption_prefix="a photo")
+    (more,) = call("GeneralDatasetPathNode", dataset_path="more")
+    (two,) = call("AddDatasetFolderNode", dataset_config=tables, input_path=more, num_repeats=0.5,
+                  resolutions="[1280, 720]", caption_prefix="a drawing", shuffle_tags="true",
+                  caption_dropout=0.1)  # fmt: skip
+    (three,) = call("AddDatasetFolderNode", dataset_config=two, input_path={"path": str(folders / "target")})
+    first, second, third = parse_dataset_settings(three).directory
+    assert (first.caption_prefix, second.caption_prefix, third.caption_prefix) == ("a photo", "a drawing", "a photo")
+    assert (second.num_repeats, second.resolutions, second.shuffle_tags) == (0.5, [[1280, 720]], True)
+    assert (third.num_repeats, third.resolutions, third.shuffle_tags) == (1, [512], False)
+    assert second.caption_dropout == 0.1
+    assert len(tables["directory"]) == 1  # the node before keeps what it gave
+    with pytest.raises(SettingsError, match="dataset_config: must come from a dataset node"):
+        call("AddDatasetFolderNode", dataset_config="x", input_path=more)
+
+
+def test_evaluation_sets_have_names(folders):
+    (one,) = call("EvalDatasetConfig", input_path=str(folders / "more"))
+    assert one[0]["name"] == "validation_set"
+    (two,) = call("EvalDatasetConfig", input_path=str(folders / "target"), name="targets", others=one)
+    assert [entry["name"] for entry in two] == ["validation_set", "targets"]
+    assert parse_dataset_settings(two[1]["config"]).directory[0].path == str(folders / "target")
+    with pytest.raises(SettingsError, match="name: 'targets' is the name of another"):
+        call("EvalDatasetConfig", input_path=str(folders / "more"), name="targets", others=two)
+
+
+def test_samples_are_asked_for_by_prompt():
+    assert call("TrainingSamplerConfig") == ({},)
+    (sample,) = call("TrainingSamplerConfig", sample_prompt="a cat, sitting\n[a] dog", sample_every_n_steps=0,
+                     num_inference_steps=4, guidance_scale=5.0, guidance_value=3.5)  # fmt: skip
+    assert sample["prompts"] == ["a cat, sitting", "[a] dog"]
+    assert (sample["every_n_epochs"], sample["steps"], sample["guidance"]) == (1, 4, 5.0)
+    assert "every_n_steps" not in sample
+
+
+def test_every_option_is_an_input_somewhere():
+    """A new option of the settings needs no node of its own: the two "More" nodes and the model nodes take it in."""
+    covered = {}
+    for cls in map(real, NODES.values()):
+        for entry in {**getattr(cls, "REQUIRED", {}), **getattr(cls, "OPTIONAL", {})}.values():
+            if isinstance(entry, Widget):
+                covered.setdefault(entry.table, set()).add(entry.key)
+    tables = {TrainSettings: {*RUN_OPTIONS, *SET_ELSEWHERE}, Lora: {"type"}, Sampling: set(), Optimizer: {"betas"},
+              DatasetSettings: {"num_repeats", "frame_buckets", "ar_buckets"}, Environment: set()}  # fmt: skip
+    for table, elsewhere in tables.items():
+        typed = {key for key, field in table.model_fields.items() if can_be_typed(field)}
+        assert typed - covered.get(table, set()) - elsewhere - {"type"} == set(), table
+
+
+def test_more_settings_add_to_the_advanced_ones():
+    (advanced,) = call("AdvancedTrainConfig", max_steps=9)
+    (more,) = call("MoreTrainConfigNode", advanced_config=advanced, ema_decay=0.999,
+                   learning_rates="attn = 1e-5\nff=0", train_only="a{1,2}\nb")  # fmt: skip
+    assert more == {"max_steps": 9, "ema_decay": 0.999, "learning_rates": {"attn": 1e-5, "ff": 0.0},
+                    "train_only": ["a{1,2}", "b"]}  # fmt: skip
+    with pytest.raises(SettingsError, match="learning_rates: each line must be such as"):
+        call("MoreTrainConfigNode", learning_rates="attn")
+
+
+def test_more_dataset_options_hold_for_all_folders():
+    (tables,) = call("DatasetOptionsNode", dataset_config=dataset(), trigger_word="ohwx", subsample_ratio=0.5)
+    settings = parse_dataset_settings(tables)
+    assert (settings.directory[0].trigger_word, settings.subsample_ratio) == ("ohwx", 0.5)
+    assert "shuffle_tags" not in tables
+
+
+def test_adapters_of_every_kind(base):
+    assert call("AdapterConfigNode", adapter_type="lokr", decompose_factor=8)[0]["adapter"]["decompose_factor"] == 8
+    with pytest.raises(SettingsError, match=r"adapter\.decompose_factor: unknown option"):
+        call("AdapterConfigNode", adapter_type="lora", decompose_factor=8)
+    (base / "models/loras").mkdir(parents=True)
+    (base / "models/loras/a.safetensors").write_bytes(b"")
+    (adapter,) = call("AdapterConfigNode", fuse_adapters="a.safetensors * 0.5", rank_pattern="attn = 4")
+    assert adapter["adapter"]["fuse_adapters"] == [
+        {"path": str(base / "models/loras/a.safetensors"), "weight": 0.5}]  # fmt: skip
+    assert adapter["adapter"]["rank_pattern"] == {"attn": 4}
+
+
+# -- models ---------------------------------------------------------------------------------------------------
+
+
+def model_table(node, **values):
+    return call(node, **values)[0]
+
+
+def test_model_nodes_give_the_table_of_their_family(base):
+    kontext = model_table("FluxKontextModelNode", diffusers_path="/m")
+    assert (kontext["type"], kontext["flux_shift"]) == ("flux", True)
+    assert "single_file_path" not in model_table("LTXVideoModelNode", diffusers_path="/m", single_file_path="/x")
+    single = model_table("LTXVideoModelNode", diffusers_path="/m", single_file_path="/x", use_single_file=True)
+    assert single["single_file_path"] == "/x"
+    assert model_table("QwenImageModelNode", diffusers_path="/m", qwen_2511=True)["type"] == "qwen2511"
+    image = model_table("ZImageModelNode", diffusion_path="/d", vae_path="/v", text_encoder_path="/t",
+                        merge_adapters="/a,b.safetensors")  # fmt: skip
+    assert image["text_encoders"] == [{"path": "/t", "type": "lumina2"}]
+    assert (image["diffusion_model"], image["vae"]) == ("/d", "/v")
+    assert image["merge_adapters"] == ["/a,b.safetensors"]
+    video = model_table("hunyuanvideo15ModelNode", diffusion_path="/d", vae_path="/v", Text_Encoder="/t", ByT5="/b",
+                        shift="3")  # fmt: skip
+    assert video["text_encoders"] == [{"paths": ["/t", "/b"], "type": "hunyuan_video_15"}]
+    assert video["shift"] == 3.0
+
+
+def test_families_that_cannot_be_trained_are_refused_before_anything_runs():
+    answer = NODES["HiDreamModelNode"].VALIDATE_INPUTS(diffusers_path="/m", llama3_path="/l")
+    assert answer.startswith("model.type: 'hidream' is not implemented in this version")
+    assert NODES["FluxModelNode"].VALIDATE_INPUTS(diffusers_path="/m") is True
+    answer = NODES["FluxKontextModelNode"].VALIDATE_INPUTS(diffusers_path=" ")
+    assert answer is True or "diffusers_path" in answer
+
+
+def test_path_inputs_stay_texts_and_offer_what_the_model_folders_hold(base):
+    (base / "models/diffusion_models/sub").mkdir(parents=True)
+    (base / "models/diffusion_models/sub/flux1-dev.safetensors").write_bytes(b"")
+    (base / "models/diffusers/flux/model_index.json").write_text("{}")
+    inputs = NODES["FluxModelNode"].INPUT_TYPES()["optional"]
+    assert inputs["transformer_path"][0] == inputs["diffusers_path"][0] == "STRING"
+    assert inputs["transformer_path"][1]["suggestions"] == ["sub/flux1-dev.safetensors"]
+    assert inputs["diffusers_path"][1]["suggestions"] == ["flux"]
+    chosen = model_table("FluxModelNode", transformer_path="sub/flux1-dev.safetensors", diffusers_path="flux")
+    assert chosen["transformer_path"] == str(base / "models/diffusion_models/sub/flux1-dev.safetensors")
+    assert chosen["diffusers_path"] == str(base / "models/diffusers/flux")
+    (base / "models/vae").mkdir()
+    for kind in ("vae", "diffusion_models"):
+        (base / "models" / kind / "model.safetensors").write_bytes(b"")
+    both = model_table("FluxModelNode", transformer_path="model.safetensors", vae_path="model.safetensors")
+    assert both["transformer_path"] == str(base / "models/diffusion_models/model.safetensors")
+    assert both["vae_path"] == str(base / "models/vae/model.safetensors")
 
 
 # -- values of old workflow files ----------------------------------------------------------------------------
@@ -254,6 +435,34 @@ def test_elsewhere_only_when_nobody_else_can_send_prompts(base, tmp_path_factory
     assert files.copy_path("output_path", "in.toml") == base / "output/in.toml"
 
 
+def test_run_folders_follow_the_same_rule(base, tmp_path_factory, monkeypatch):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.setattr(files, "_only_this_machine", lambda: False)
+    answer = NODES["GeneralConfig"].VALIDATE_INPUTS(output_dir=str(elsewhere / "runs"))
+    assert answer.startswith(f"output_dir: '{elsewhere}/runs' is outside ComfyUI's output")
+    with pytest.raises(SettingsError, match=r"output_dir: .* is outside"):
+        general(output_dir=str(elsewhere / "runs"))
+    (base / "output/big").symlink_to(elsewhere)
+    with pytest.raises(SettingsError, match=r"output_dir: .* leads out of ComfyUI's folders by a symbolic link"):
+        files.output_folder("big")
+    settings = base / "config/diffusion-trainer/settings.toml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(f"writable_folders = ['{elsewhere}']")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(base / "config"))
+    assert files.output_folder(str(elsewhere / "runs")) == str(elsewhere / "runs")
+    assert files.output_folder("big") == str(base / "output/big")
+    settings.write_text("writeable_folders = []")
+    with pytest.raises(SettingsError, match="writeable_folders: unknown option; did you mean 'writable_folders'"):
+        files.output_folder("big")
+
+
+@pytest.mark.parametrize("text", ["a/../b", "x" * 300, "a/" * 2100, "bell\a", "/dev/null", "taken"])
+def test_names_that_are_no_folders_are_refused(base, text):
+    (base / "output/taken").write_text("")
+    with pytest.raises(SettingsError, match="output_dir: "):
+        files.output_folder(text)
+
+
 def test_a_copy_that_cannot_be_written_is_an_error(base):
     (base / "output/blocked").write_text("")
     with pytest.raises(SettingsError, match=r"output_path: .* cannot be written"):
@@ -299,6 +508,11 @@ module = importlib.util.module_from_spec(spec)
 sys.modules[root] = module
 spec.loader.exec_module(module)
 print(round(1000 * (time.process_time() - begin)), "ms")
+took = time.process_time() - begin
+assert took < 0.1, f"{took:.3f} s"
+for node in module.NODE_CLASS_MAPPINGS.values():
+    node.INPUT_TYPES()
+print(round(1000 * (time.process_time() - begin)), "ms with all inputs")
 heavy = {"torch", "diffusers", "transformers", "deepspeed", "peft", "numpy", "PIL", "tensorboard"} & set(sys.modules)
 assert not heavy, heavy
 assert module.WEB_DIRECTORY == "./web" and len(module.NODE_CLASS_MAPPINGS) >= 13

@@ -7,6 +7,7 @@ import pytest
 from diffusion_trainer.models import configs, families, planned
 from diffusion_trainer.scripts import docs
 from diffusion_trainer.utils.config import SettingsError, write_toml
+from diffusion_trainer.utils.environment import Environment
 from diffusion_trainer.utils.settings import (
     EvalDataset,
     Sampling,
@@ -47,9 +48,10 @@ def dataset(**changes):
         ({"adapter": {"type": "lora", "rnk": 3}}, "adapter.rnk: unknown option; did you mean 'rank'?"),
         ({"optimizer": {"lr": 1e-4}}, "optimizer.type: required, but not given"),
         ({"optimizer": {"type": "adamw", "betas": [0.9, 1.0]}}, "optimizer.betas: each must be at least 0 and less than 1"),  # noqa: E501
-        ({"lr_scheduler": "cosin"}, "lr_scheduler: must be 'constant', 'linear' or 'cosine', got 'cosin'; did you mean 'cosine'?"),  # noqa: E501
+        ({"lr_scheduler": "cosin"}, "lr_scheduler: must be 'constant', 'linear', 'cosine', 'polynomial' or 'one_cycle', got 'cosin'; did you mean 'cosine'?"),  # noqa: E501
         ({"activation_checkpointing": "all"}, "activation_checkpointing: must be true, false, a number of blocks, 'selective' or 'unsloth', got 'all'"),  # noqa: E501
         ({"partition_method": "manual", "pipeline_stages": 3, "partition_split": [4]}, "partition_split: needs 2 numbers"),  # noqa: E501
+        ({"model": {"type": "flux", "quantized_matmul": True, "transformer_dtype": "nf4"}}, "model.quantized_matmul: multiplies weights as they are stored"),  # noqa: E501
         ({"partition_method": "memory"}, "partition_method: must be parameters, uniform, type:NAME or manual"),
     ],
 )  # fmt: skip
@@ -138,8 +140,8 @@ def test_shipped_files_parse():
 
 
 def test_every_option_is_described():
-    tables = [TrainSettings, Sampling, EvalDataset, *configs().values()]
-    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "type"}
+    tables = [TrainSettings, Sampling, EvalDataset, Environment, *configs().values()]
+    nested = {"model", "adapter", "optimizer", "monitoring", "sample", "environment", "type"}
     bare = [
         name
         for table in tables

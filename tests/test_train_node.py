@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusion_trainer.diffusion_nodes import comfy, monitor
+from diffusion_trainer.diffusion_nodes import comfy, files, monitor
 from diffusion_trainer.diffusion_nodes import train as node
 from diffusion_trainer.diffusion_nodes.monitor import OutputDirPassthrough, TensorBoardMonitor
 from diffusion_trainer.diffusion_nodes.train import Train, describe
 from diffusion_trainer.models import families
+from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS
 from diffusion_trainer.utils import launch, tensorboard
 from diffusion_trainer.utils.config import SettingsError, read_toml
 from diffusion_trainer.utils.processes import ProcessError, free_port, members
@@ -102,6 +103,65 @@ def test_trains_and_publishes(base: Path, behave: Callable[..., None], caplog: p
     assert Path(lora).read_bytes() == b"weights of " + run.path.name.encode()
     assert "loss" in caplog.text
     assert "s/step" in caplog.text
+
+
+def test_the_environment_reaches_the_processes_and_is_recorded(base: Path, behave: Callable[..., None]) -> None:
+    behave(seconds=0.01)
+    (environment,) = NODE_CLASS_MAPPINGS["RunEnvironmentNode"]().environment(
+        cuda_allocator="expandable_segments:True",
+        nccl_p2p_disable=True,
+        variables="NCCL_DEBUG=INFO\nOMP_NUM_THREADS=3",
+    )
+    run = Path(train(environment=environment)[2])
+    seen = json.loads((run / "environment0.json").read_text())
+    wanted = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_P2P_DISABLE": "1", "NCCL_DEBUG": "INFO",
+              "OMP_NUM_THREADS": "3"}  # fmt: skip
+    assert {name: seen.get(name) for name in wanted} == wanted
+    assert "NCCL_IB_DISABLE" not in seen
+    recorded = read_toml(run / "train.toml")["environment"]
+    assert recorded["variables"] == ["NCCL_DEBUG=INFO", "OMP_NUM_THREADS=3"]
+    assert recorded["nccl_p2p_disable"] is True
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"variables": "LD_PRELOAD=/tmp/x.so"}, "environment.variables: 'LD_PRELOAD=/tmp/x.so' cannot be set here"),
+     ({"visible_gpus": "1, 1"}, "environment.visible_gpus: must be different numbers"),
+     ({"hostfile": "/nowhere"}, "environment.hostfile: '/nowhere' is not a file"),
+     ({"num_nodes": 2}, "environment.num_nodes: needs a hostfile"),
+     ({"cuda_allocator": "expandable"}, "environment.cuda_allocator: must be name:value pairs")],
+)  # fmt: skip
+def test_an_environment_that_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        NODE_CLASS_MAPPINGS["RunEnvironmentNode"]().environment(**values)
+    assert message in str(caught.value)
+
+
+def test_gpus_and_machines_go_to_the_launcher(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[dict[str, Any]] = []
+
+    def start(folder: RunFolder, **options: Any) -> launch.Run:
+        started.append(options)
+        raise ProcessError("enough")
+
+    monkeypatch.setattr(launch, "start", start)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\nb slots=2\n")
+    for environment in ({"visible_gpus": [1], "master_port": 29600}, {"hostfile": str(hosts), "num_nodes": 2}):
+        with pytest.raises(ProcessError, match="enough"):
+            train(environment=environment)
+    assert (started[0]["gpus"], started[0]["master_port"], started[0]["machines"]) == ([1], 29600, [])
+    assert started[1]["machines"] == [f"--hostfile={hosts}", "--num_nodes=2"]
+    assert not list((base / "output/training").iterdir())
+
+
+def test_writing_follows_one_rule(base: Path, behave: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt may hand Train tables that no node of ours made."""
+    behave(seconds=0.01)
+    monkeypatch.setattr(files, "_only_this_machine", lambda: False)
+    for key in ("output_dir", "cache_dir", "dump_dataset"):
+        with pytest.raises(SettingsError, match=f"{key}: '/somewhere' is outside ComfyUI's"):
+            train(config=train_config(**{key: "/somewhere"}))
 
 
 def test_a_whole_model_goes_to_its_own_folder(base: Path, behave: Callable[..., None]) -> None:

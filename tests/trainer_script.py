@@ -24,6 +24,7 @@ run: Path = arguments.run_dir
 todo = json.loads((run / "behaviour.json").read_text())
 rank = int(os.environ.get("RANK", "0"))
 (run / f"pid{rank}").write_text(str(os.getpid()))
+(run / f"environment{rank}.json").write_text(json.dumps(dict(os.environ)))
 
 
 def status(state: str, **values: object) -> None:

@@ -1,173 +1,158 @@
-"""LoRA on a denoiser: injected through peft, initialised by name, exported with the keys ComfyUI reads."""
+"""The adapter of a run: which layers get one, of what rank, and the file that it becomes."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as PeftLinear
-from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 
 from ..models.base import Family
+from .adapted import Adapted, shapes_of
+from .adapter_files import Addition, read_additions
+from .adapter_layers import Adapter, Loha, Lokr, Lora, Shape
 from .config import SettingsError
-from .lora_linear import lora_linear
+from .finetune import rate_of
 from .randomness import generator
-from .settings import Lora
+from .settings import AdapterTable
+from .settings import Lokr as LokrTable
+from .settings import Lora as LoraTable
 
 logger = logging.getLogger(__name__)
-NAME = "default"
+KINDS: dict[str, type[Adapter]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
 
 
-class LoraLinear(PeftLinear):
-    """peft's LoRA linear layer whose float32 weights compute in the precision of the layer's input.
+def inject(
+    denoiser: nn.Module, family: Family, settings: AdapterTable, seed: int, rates: Mapping[str, float] | None = None
+) -> nn.Module:
+    """Freezes ``denoiser`` and adds trainable fp32 adapters to its target layers, in place.
 
-    peft would compute the update in the weights' own precision, at a fraction of the speed.
-    """
+    Layers on the meta device, which other stages have, get none. Initial values depend on ``seed`` and the layer's
+    name alone; with init_from_existing those of the file's layers are the file's, and so is their rank.
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        """The layer's output with the update added; shapes as for ``nn.Linear``."""
-        layer, scaling = self.base_layer, self.scaling[NAME]
-        down = _weight(self.lora_A).to(x.dtype)
-        up = _weight(self.lora_B).to(x.dtype)
-        up = up if scaling == 1.0 else up * scaling  # the small matrix instead of the large output
-        if self.training and isinstance(self.lora_dropout[NAME], nn.Dropout):
-            return layer(x) + F.linear(F.linear(self.lora_dropout[NAME](x), down), up)
-        output, _ = lora_linear(
-            x.flatten(0, -2), layer.weight, getattr(layer, "weight_scale", None), layer.bias, down, up
-        )
-        return output.view(*x.shape[:-1], output.shape[-1])
-
-
-def inject(denoiser: nn.Module, family: Family, settings: Lora, seed: int) -> nn.Module:
-    """Freezes ``denoiser`` and adds trainable float32 LoRA weights to its target layers, in place.
-
-    Initial values depend on ``seed`` and the layer's name alone.
+    Args:
+        rates: Learning rates by regular expression of names; layers that would have 0 get none.
 
     Raises:
-        SettingsError: target_modules or exclude_modules name no layer.
+        SettingsError: target_modules or exclude_modules name no layer; the existing file does not fit.
     """
     denoiser.requires_grad_(False)
-    names = target_names(denoiser, family, settings)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=alpha_of(settings),  # type: ignore[arg-type]  # peft only divides it by the rank
-        lora_dropout=settings.dropout,
-        target_modules=names,
-        init_lora_weights=False,
-    )
-    config._register_custom_module({nn.Linear: LoraLinear})
-    inject_adapter_in_model(config, denoiser, adapter_name=NAME)
-    for name, module in lora_layers(denoiser).items():
-        down, up = _weight(module.lora_A), _weight(module.lora_B)
-        bound = 1 / math.sqrt(down.shape[1])  # what kaiming_uniform with a = sqrt(5) comes to
-        values = torch.rand(down.shape, generator=generator("lora", seed, name)) * 2 * bound - bound
-        module.lora_A[NAME].weight = nn.Parameter(values.to(down.device))
-        module.lora_B[NAME].weight = nn.Parameter(torch.zeros(up.shape, device=up.device))
-    logger.info("LoRA of rank %d on %d layers", settings.rank, len(names))
+    shapes = shapes_of(denoiser)
+    existing = _existing(denoiser, family, settings)
+    targets = [name for name in target_names(denoiser, family, settings) if rate_of(f"{name}.weight", rates or {}) != 0]
+    names = sorted({*targets, *existing})
+    for name in names:
+        base: Any = denoiser.get_submodule(name)
+        if base.weight.is_meta:
+            continue
+        adapter = _adapter(settings, name, shapes[name], seed, existing.get(name)).to(base.weight.device)
+        adapted = Adapted(
+            base,
+            adapter,
+            settings.dropout,
+            settings.rank_dropout if isinstance(settings, LokrTable) else 0.0,
+            isinstance(settings, LoraTable) and settings.use_dora,
+        )
+        if name in existing and (scale := existing[name].dora_scale) is not None:
+            adapted.scale_rows(scale)
+        owner, _, leaf = name.rpartition(".")
+        setattr(denoiser.get_submodule(owner), leaf, adapted.train(base.training))
+    logger.info("%s of rank %d on %d layers", settings.title, settings.rank, len(names))
     return denoiser
 
 
-def target_names(denoiser: nn.Module, family: Family, settings: Lora) -> list[str]:
-    """Full names of the linear layers that get an adapter."""
-    linear = {name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+def _adapter(settings: AdapterTable, name: str, shape: Shape, seed: int, existing: Addition | None) -> Adapter:
+    if existing is not None:
+        return existing.adapter(shape)
+    rank, alpha = rank_and_alpha(settings, name)
+    source = generator("lora", seed, name)
+    if isinstance(settings, LokrTable):
+        factor = settings.decompose_factor
+        return Lokr.new(shape, rank, alpha, source, None if factor == -1 else factor)
+    return (Loha if settings.type == "loha" else Lora).new(shape, rank, alpha, source)
+
+
+def rank_and_alpha(settings: AdapterTable, name: str) -> tuple[int, float]:
+    """Rank of layer ``name`` and the alpha that a file with it says; the update is scaled by their ratio."""
+    rank = next((r for pattern, r in settings.rank_pattern.items() if re.search(pattern, name)), settings.rank)
+    given = settings.alpha if settings.alpha is not None else rank
+    alpha = next((a for pattern, a in settings.alpha_pattern.items() if re.search(pattern, name)), given)
+    if isinstance(settings, LoraTable) and settings.use_rslora:
+        return rank, float(alpha) * math.sqrt(rank)
+    return rank, float(alpha)
+
+
+def target_names(denoiser: nn.Module, family: Family, settings: AdapterTable) -> list[str]:
+    """Full names of the layers that get an adapter."""
+    shapes = shapes_of(denoiser)
     if settings.target_modules is None:
         blocks = [name for name, module in denoiser.named_modules() if type(module).__name__ in family.adapter_blocks]
-        chosen = {name for name in linear if any(name.startswith(f"{block}.") for block in blocks)}
+        chosen = {
+            name
+            for name, shape in shapes.items()
+            if (settings.convolutions or not shape.kernel) and any(name.startswith(f"{block}.") for block in blocks)
+        }
     else:
-        chosen = _named("adapter.target_modules", settings.target_modules, linear)
+        chosen = _named("adapter.target_modules", settings.target_modules, shapes)
     if settings.exclude_modules:
-        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, linear)
+        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, shapes)
+    if not chosen:
+        raise SettingsError("adapter.exclude_modules: no layer is left to get an adapter")
     return sorted(chosen)
 
 
-def _named(option: str, endings: list[str], linear: set[str]) -> set[str]:
+def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape]) -> set[str]:
+    """Layers whose name ends in an entry; where there is none, in whose name it is found as a regular expression."""
     found: set[str] = set()
-    for ending in endings:
-        matches = {name for name in linear if name == ending or name.endswith(f".{ending}")}
+    for entry in entries:
+        matches = {name for name in layers if name == entry or name.endswith(f".{entry}")}
+        try:
+            matches = matches or {name for name in layers if re.search(entry, name)}
+        except re.error:
+            matches = set()
         if not matches:
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise SettingsError(
-                f"{option}: '{ending}' is the end of no linear layer's name; layers end in {', '.join(known)}"
+                f"{option}: '{entry}' is neither the end of a layer's name nor a regular expression that is found in "
+                f"one; layers end in {', '.join(known)}"
             )
         found |= matches
     return found
 
 
-def _weight(layers: nn.ModuleDict) -> torch.Tensor:
-    """Of our adapter, among those that peft can hold."""
-    return cast(nn.Linear, layers[NAME]).weight
-
-
-def lora_layers(denoiser: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted layers by name."""
-    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLinear)}
-
-
-def alpha_of(settings: Lora) -> float:
-    """Alpha; equal to the rank when it is not given."""
-    return float(settings.alpha if settings.alpha is not None else settings.rank)
-
-
-def load_existing(denoiser: nn.Module, family: Family, path: Path) -> None:
-    """Starts the adapter from a LoRA file, or from a folder with one such file.
-
-    Raises:
-        SettingsError: The file is missing, belongs to another model, or has another rank.
-    """
+def _existing(denoiser: nn.Module, family: Family, settings: AdapterTable) -> dict[str, Addition]:
+    if not settings.init_from_existing:
+        return {}
     option = "adapter.init_from_existing"
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if len(files) != 1 or not files[0].is_file():
-        raise SettingsError(f"{option}: '{path}' must be a .safetensors file or a folder with exactly one")
-    stored = load_file(files[0])
-    layers = lora_layers(denoiser)
-    sides = dict(zip("AB", family.lora_sides, strict=True))
-    expected = {
-        f"{family.lora_keys(name)}.{sides[side]}.weight": (layer, side)
-        for name, layer in layers.items()
-        for side in "AB"
-    }
-    unknown = sorted(key for key in stored if key not in expected and not key.endswith(".alpha"))
-    if unknown or not expected.keys() & stored.keys():
-        raise SettingsError(
-            f"{option}: '{files[0]}' does not fit model and target_modules: {unknown[:3] or 'no key matches'}"
-        )
-    for key, (layer, side) in expected.items():
-        if key not in stored:
-            continue
-        weight = getattr(layer, f"lora_{side}")[NAME].weight
-        if stored[key].shape != weight.shape:
-            dimension = 0 if side == "A" else 1
+    found = read_additions(Path(settings.init_from_existing).expanduser(), option, family, denoiser)
+    for name, addition in found.items():
+        if addition.kind != settings.type:
             raise SettingsError(
-                f"{option}: '{files[0]}' has rank {stored[key].shape[dimension]}; set adapter.rank to that"
+                f"{option}: '{settings.init_from_existing}' holds {addition.words} for '{name}', and adapter.type is "
+                f"'{settings.type}'; set that to match, or give the file to adapter.fuse_adapters"
             )
-        scale = 1.0
-        if side == "B":
-            alpha = stored.get(key.replace(f".{sides['B']}.weight", ".alpha"))
-            rank = weight.shape[1]
-            scale = (alpha.item() / rank if alpha is not None else 1.0) / layer.scaling[NAME]
-        weight.data.copy_(stored[key].float() * scale)
+        if addition.dora_scale is not None and not (isinstance(settings, LoraTable) and settings.use_dora):
+            raise SettingsError(f"{option}: '{settings.init_from_existing}' is a DoRA; set adapter.use_dora = true")
+    return found
 
 
-def export_tensors(
-    weights: Mapping[str, torch.Tensor], family: Family, settings: Lora, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """What goes into the LoRA file: A and B of each layer and its alpha, under the keys ComfyUI reads.
+def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What goes into the adapter's file, under the keys that ComfyUI reads.
 
     Args:
-        weights: Trained parameters by their name in the denoiser (``....lora_A.default.weight``).
+        layers: Adapted layers by their name in the denoiser.
     """
-    sides = dict(zip("AB", family.lora_sides, strict=True))
+    down, up = family.lora_sides
+    spelled = {"lora_down.weight": f"{down}.weight", "lora_up.weight": f"{up}.weight"}
     tensors: dict[str, torch.Tensor] = {}
-    for name, value in sorted(weights.items()):
-        module, side = name.removesuffix(f".{NAME}.weight").rsplit(".lora_", 1)
-        key = family.lora_keys(module)
-        tensors[f"{key}.{sides[side]}.weight"] = value.detach().to("cpu", dtype).contiguous()
-        tensors[f"{key}.alpha"] = torch.tensor(alpha_of(settings))
+    for name, layer in sorted(layers.items()):
+        for part, value in layer.tensors().items():
+            kept = part in ("alpha", "dora_scale")
+            key = f"{family.lora_keys(name)}.{spelled.get(part, part)}"
+            tensors[key] = value.detach().to("cpu", torch.float32 if kept else dtype).contiguous().clone()
     return tensors

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from .config import SettingsError, write_whole
+from .ema import Ema
 from .run_folder import RunFolder
 from .tensor_file import Promise, TensorFiles, write_tensors
 from .trained import Trained
@@ -55,10 +56,14 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     barrier()
-    if is_writer:
+    if is_writer or trained.collective:
         tensors, rest = trained.state()
-        write_tensors(draft / f"weights-{part}.safetensors", trained.masters())
-        write_tensors(draft / f"optimizer-{part}.safetensors", tensors)
+        write_tensors(draft / f"weights-{part}.safetensors" if is_writer else None, trained.masters())
+        write_tensors(draft / f"optimizer-{part}.safetensors" if is_writer else None, tensors)
+        if trained.ema:
+            values = {name: trained.promise(name, value) for name, value in trained.ema.values.items()}
+            write_tensors(draft / f"ema-{part}.safetensors" if is_writer else None, values)
+    if is_writer:
         torch.save(rest, draft / f"optimizer-{part}.pt")
     barrier()
     if is_main:
@@ -104,7 +109,20 @@ def load_checkpoint(
     weights = TensorFiles(sorted(folder.glob("weights-*.safetensors")))
     state = TensorFiles(sorted(folder.glob("optimizer-*.safetensors")) if optimizer_state else [])
     trained.load(weights, state, rest)
+    if trained.ema:
+        _load_ema(trained, trained.ema, TensorFiles(sorted(folder.glob("ema-*.safetensors"))), progress["step"])
     return progress
+
+
+def _load_ema(trained: Trained, ema: Ema, stored: TensorFiles, step: int) -> None:
+    """Takes over the average; begins one where the checkpoint has none."""
+    ema.step = step
+    if not all(name in stored for name in ema.values):
+        logger.info("ema_decay: the checkpoint has no average; one begins with its weights")
+        ema.begin()
+        return
+    for name, value in ema.values.items():
+        value.copy_(trained.mine(name, stored.read(name)))
 
 
 def newest_checkpoint(run: RunFolder) -> Path:

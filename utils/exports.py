@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..models.base import Family
-from .adapters import alpha_of, export_tensors
+from .adapted import Adapted
+from .adapters import export_tensors, rank_and_alpha
 from .checkpoint import export_adapter, export_model
 from .run_folder import RunFolder
-from .settings import Lora, TrainSettings
+from .settings import AdapterTable, TrainSettings
 from .trained import Trained
 from .world import World
 
@@ -30,17 +31,30 @@ class Exporter:
     world: World
     folder: RunFolder
     trained: Trained
+    adapted: Mapping[str, Adapted]
+    """The adapted layers of this stage, by their name in the denoiser."""
     stage: int
     is_writer: bool
     """Whether this process is the first of those that train the same weights."""
 
-    def write(self, name: str, step: int, epoch: int) -> Path:
-        """Exports the weights as they are to ``<run folder>/<name>``; every process calls it."""
+    def write(self, name: str, step: int, epoch: int) -> list[Path]:
+        """Exports to ``<run folder>/<name>``, and the moving average, if both are wanted, to ``<name>_ema``; every
+        process calls it. Gives the folders, the best last."""
+        ema, wanted = self.trained.ema, self.settings.ema_export
+        if ema is None or not ema.has_begun or wanted == "trained":
+            return [self._write(name, step, epoch, ema=False)]
+        if wanted == "ema":
+            return [self._write(name, step, epoch, ema=True)]
+        return [self._write(name, step, epoch, ema=False), self._write(f"{name}_ema", step, epoch, ema=True)]
+
+    def _write(self, name: str, step: int, epoch: int, ema: bool) -> Path:
         target = self.folder.path / name
         about = {"base_model": self.settings.model.type, "steps": str(step), "epoch": str(epoch),
                  "seed": str(self.settings.seed), "trained_with": "diffusion-trainer"}  # fmt: skip
+        if ema:
+            about["ema_decay"] = str(self.settings.ema_decay)
         copies = [self.folder.train_toml, self.folder.dataset_toml]
-        with self.trained.averaged():
+        with self.trained.averaged(ema):
             if self.settings.adapter is None:
                 self._write_model(target, about, copies)
             else:
@@ -52,7 +66,7 @@ class Exporter:
         dtype = getattr(torch, self.settings.save_dtype)
         export_model(
             target,
-            self.trained.everything(dtype, self.family.float32) if self.is_writer else {},
+            self.trained.everything(dtype, self.family.float32) if self.is_writer or self.trained.collective else {},
             lambda weights: {**self.family.other_tensors(weights), **self.family.comfyui_tensors(weights)},
             about,
             copies,
@@ -62,25 +76,30 @@ class Exporter:
         )
         logger.info("model written to %s", target)
 
-    def _write_adapter(self, target: Path, adapter: Lora, about: Mapping[str, str], copies: list[Path]) -> None:
-        parts = self.world.gather(self.trained.weights() if self.is_writer else {})
+    def _write_adapter(self, target: Path, adapter: AdapterTable, about: Mapping[str, str], copies: list[Path]) -> None:
+        dtype = getattr(torch, adapter.dtype or self.settings.save_dtype)
+        mine = export_tensors(self.adapted, self.family, dtype) if self.is_writer else {}
+        parts = self.world.gather((mine, sorted(self.adapted)))
         if self.world.rank == 0:
-            weights = {key: value for part in parts for key, value in part.items()}
-            dtype = getattr(torch, adapter.dtype or self.settings.save_dtype)
-            metadata = {"format": "pt", "network_alpha": str(alpha_of(adapter)), "rank": str(adapter.rank), **about}
-            config = _adapter_config(self.settings, adapter, weights)
-            export_adapter(target, export_tensors(weights, self.family, adapter, dtype), metadata, config, copies)
-            logger.info("LoRA written to %s", target)
+            tensors = {key: value for part, _ in parts for key, value in part.items()}
+            layers = sorted({name for _, names in parts for name in names})
+            config = adapter_config(self.settings.model.type, adapter, layers)
+            metadata = {"format": "pt", "network_alpha": str(config["lora_alpha"]), "rank": str(adapter.rank), **about}
+            export_adapter(target, tensors, metadata, config, copies)
+            logger.info("%s written to %s", adapter.title, target)
 
 
-def _adapter_config(settings: TrainSettings, adapter: Lora, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def adapter_config(base_model: str, adapter: AdapterTable, layers: list[str]) -> dict[str, Any]:
     """What peft writes beside an adapter."""
+    patterns = {name: rank_and_alpha(adapter, name) for name in layers}
+    alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return {
-        "peft_type": "LORA",
+        "peft_type": adapter.title.upper(),
         "r": adapter.rank,
-        "lora_alpha": alpha_of(adapter),
+        "lora_alpha": float(alpha),
         "lora_dropout": adapter.dropout,
         "bias": "none",
-        "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
-        "base_model_type": settings.model.type,
+        "target_modules": layers,
+        "rank_pattern": {name: rank for name, (rank, _) in patterns.items() if rank != adapter.rank},
+        "base_model_type": base_model,
     }

@@ -199,6 +199,8 @@ def start(
     resume: str | None = None,
     gpus: Sequence[int] | None = None,
     env: Mapping[str, str] | None = None,
+    master_port: int | None = None,
+    machines: Sequence[str] = (),
     allow_shared: bool = False,
     script: Path = TRAIN_SCRIPT,
     launcher: Sequence[str] = DEEPSPEED,
@@ -211,6 +213,8 @@ def start(
         resume: Name of the run folder whose newest checkpoint to go on from.
         gpus: Which GPUs; left out, the first ones of those visible.
         env: Added to the environment of the trainer.
+        master_port: Where the processes meet; left out, at a free port.
+        machines: The launcher's arguments that name several machines, each with ``num_gpus`` GPUs.
         allow_shared: Start although another run uses the same GPUs.
         script: What the launcher runs on each GPU.
         launcher: Python's arguments before the script.
@@ -230,8 +234,9 @@ def start(
         others = running()
         _refuse_conflicts(folder, used, others, allow_shared)
         list(folder.take_requests())
-        port = free_port(avoid={run.port for run in others})
-        arguments = _arguments(folder, num_gpus, used if selection else (), port, resume, script, launcher)
+        port = master_port or free_port(avoid={run.port for run in others})
+        which = [*machines, f"--num_gpus={num_gpus}"] if machines else _which(num_gpus, used if selection else ())
+        arguments = _arguments(folder, which, port, resume, script, launcher)
         run = _spawn(folder, arguments, environment, used, identity, port)
         try:
             registry.write(run.path, asdict(run))
@@ -274,11 +279,13 @@ def _spawn(
     return Run(path, child.pid, create_time(child.pid), gpus, identity, port, started, log_start)
 
 
+def _which(num_gpus: int, include: Sequence[int]) -> list[str]:
+    return [f"--include=localhost:{','.join(map(str, include))}"] if include else [f"--num_gpus={num_gpus}"]
+
+
 def _arguments(
-    folder: RunFolder, num_gpus: int, include: Sequence[int], port: int, resume: str | None, script: Path,
-    launcher: Sequence[str],
-) -> list[str]:  # fmt: skip
-    which = [f"--include=localhost:{','.join(map(str, include))}"] if include else [f"--num_gpus={num_gpus}"]
+    folder: RunFolder, which: Sequence[str], port: int, resume: str | None, script: Path, launcher: Sequence[str]
+) -> list[str]:
     return [
         sys.executable, "-P", *launcher,  # -P: a module of the working folder must not stand in for a library
         *([*which, f"--master_port={port}"] if launcher else []),

@@ -17,12 +17,12 @@ from .exports import Exporter
 from .loader import Loader
 from .metrics import Curves, Gpu
 from .observation import Due, Observation
-from .optimizers import learning_rate_factor
 from .pipeline import Engine, as_micro_batches
 from .position import Position
 from .randomness import derive_seed
 from .run_folder import RunFolder
 from .sampler import Sampler
+from .schedules import learning_rate_factor
 from .settings import TrainSettings
 from .trained import Trained
 from .world import World
@@ -131,7 +131,7 @@ class Loop:
         self._settle()
         logger.info("paused after step %d; remove the file 'pause' or leave one called 'resume'", self.position.step)
         self.control.say(state="paused", phase="", eta=None)
-        while (asked := self.control.agree(self._minutes_are_over())) == PAUSE:
+        while (asked := self.control.agree()) == PAUSE:
             time.sleep(0.25)
         self.control.say(state="training")
         self._finished_at = time.monotonic()
@@ -233,9 +233,9 @@ class Loop:
         self._exported = self.position.step
         self._settle()
         with self.engine.module.at_rest():
-            path = str(self.exporter.write(name, self.position.step, self.position.epoch))
+            paths = [str(path) for path in self.exporter.write(name, self.position.step, self.position.epoch)]
         status = self.control.status
-        status.exports = [*(export for export in status.exports if export != path), path]
+        status.exports = [*(export for export in status.exports if export not in paths), *paths]
         self.control.say(now=True)
 
     def _checkpoint(self) -> None:

@@ -62,7 +62,7 @@ class Observation:
 
     def observe(self, position: Position, curves: Curves, due: Due) -> None:
         """Measures and draws with the weights that are for use; all processes do."""
-        with self.trained.averaged() if due else nullcontext():
+        with self.trained.averaged(ema=self.settings.ema_for_samples) if due else nullcontext():
             if due.measure:
                 self._measure(position, curves)
             if due.draw:

@@ -1,9 +1,8 @@
-"""Optimizers by the names users know, and the learning rate over the run."""
+"""Optimizers by the names users know."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from .config import SettingsError
 from .finetune import rate_of
-from .settings import Optimizer, TrainSettings
+from .settings import Optimizer
 
 
 class Automagic(torch.optim.Optimizer):
@@ -181,21 +180,3 @@ def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
             "Adafactor, Prodigy, automagic, sgd or the name of a class in pytorch_optimizer"
         )
     return found
-
-
-def learning_rate_factor(settings: TrainSettings, step: int, total_steps: int) -> float:
-    """What the learning rate is multiplied with at ``step`` (from 0) of ``total_steps``.
-
-    Warm-up rises by equal parts, first step 1 / warmup_steps; then the schedule spans the rest.
-    """
-    if settings.force_constant_lr:
-        return 1.0
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = min(1.0, (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps))
-    match settings.lr_scheduler:
-        case "linear":
-            return 1 - progress
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1.0

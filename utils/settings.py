@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, create_model, field_validator, model_validator
 
 from ..models import configs, family_named
 from ..models.base import Family, ModelConfig
 from .config import Dtype, SettingsError, Table, option, read_toml, validate, without_none
+from .environment import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,27 @@ logger = logging.getLogger(__name__)
 ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
 
 
-class Lora(Table):
-    """Low-rank adapter. Leave the table out to train all weights."""
+class FusedAdapter(Table):
+    """An adapter file that becomes part of the base."""
 
-    type: Literal["lora"] = "lora"
+    path: str = option(..., "A .safetensors file, or a folder that holds one.", picker="loras")
+    weight: float = option(1.0, "Its strength.", step=0.05)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """``a.safetensors * 0.8``, or the file alone."""
+        if not isinstance(value, str):
+            return value
+        path, star, weight = value.rpartition(" * ")
+        return {"path": path.strip(), "weight": weight.strip()} if star else {"path": value}
+
+
+class AdapterTable(Table):
+    """What every kind of adapter has."""
+
+    title: ClassVar[str]
+    type: str
     rank: int = option(
         32, "Rank of the update: higher learns more detail and makes a larger file.", ge=1, le=1024, step=1
     )
@@ -46,16 +64,99 @@ class Lora(Table):
     )
     target_modules: list[str] | None = option(
         None,
-        "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj. "
-        "Left out: every linear layer of the blocks.",
+        "Modules that get an adapter, by the end of their name, such as to_q or ff.net.0.proj, or by a regular "
+        "expression. Left out: every linear layer of the blocks.",
         multiline=True,
     )
     exclude_modules: list[str] | None = option(
-        None, "Modules that get no adapter although they are targets, by the end of their name.", advanced=True
+        None, "Modules that get no adapter although they are targets, named in the same way.", advanced=True
+    )
+    convolutions: bool = option(
+        False, "Also adapt the convolutions of the blocks, which U-Nets such as SDXL have.", advanced=True
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "Other ranks for layers in whose name a regular expression is found; the first counts.", advanced=True
+    )
+    alpha_pattern: dict[str, float] = option(
+        {}, "Other alphas for layers in whose name a regular expression is found; the first counts.", advanced=True
     )
     init_from_existing: str | None = option(
-        None, "A LoRA to start from: a .safetensors file or a folder that holds one.", picker="loras"
+        None, "An adapter to start from: a .safetensors file or a folder that holds one.", picker="loras"
     )
+    fuse_adapters: list[FusedAdapter] = option(
+        [],
+        "Adapters that are added to the base before training: tables with path and weight, or lines such as "
+        "style.safetensors * 0.8.",
+        lines=True,
+        advanced=True,
+    )
+
+    @property
+    def drops(self) -> bool:
+        """Whether a training step draws what it leaves out."""
+        return self.dropout > 0
+
+    @field_validator("target_modules", "exclude_modules", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, number in value.items():
+            if problem := bad_pattern(pattern):
+                raise ValueError(problem)
+            if number <= 0:
+                raise ValueError(f"'{pattern}': must be more than 0, got {number}")
+        return value
+
+
+class Lora(AdapterTable):
+    """Low-rank adapter. Leave the table out to train all weights."""
+
+    title = "LoRA"
+    type: Literal["lora"] = "lora"
+    use_rslora: bool = option(
+        False, "Scale the update by alpha / sqrt(rank), so that high ranks learn as fast as low ones.", advanced=True
+    )
+    use_dora: bool = option(
+        False, "DoRA: also train how long each row of the weight is. Slower steps and more memory.", advanced=True
+    )
+
+
+class Loha(AdapterTable):
+    """Adapter that multiplies two low-rank updates element by element: twice the weights for a higher rank."""
+
+    title = "LoHa"
+    type: Literal["loha"] = "loha"
+
+
+class Lokr(AdapterTable):
+    """Adapter that is the Kronecker product of two small matrices: the smallest files."""
+
+    title = "LoKr"
+    type: Literal["lokr"] = "lokr"
+    decompose_factor: int = option(
+        -1, "Largest side of the first matrix; -1: as square as the layer allows.", ge=-1, step=1, ui_max=1024
+    )
+    rank_dropout: float = option(
+        0.0, "Share of a layer's outputs that get no update in a training step.", ge=0, lt=1, step=0.01, advanced=True
+    )
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 or self.rank_dropout > 0
+
+    @field_validator("decompose_factor")
+    @classmethod
+    def _factor(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("must be -1 or at least 1, got 0")
+        return value
+
+
+Adapter = Annotated[Lora | Loha | Lokr, Field(discriminator="type")]
 
 
 class Optimizer(Table):
@@ -223,13 +324,13 @@ class TrainSettings(Table):
     train_only: list[str] | None = option(
         None,
         "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     freeze: list[str] | None = option(
         None,
         "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     learning_rates: dict[str, float] = option(
@@ -238,8 +339,29 @@ class TrainSettings(Table):
         advanced=True,
     )
 
-    lr_scheduler: Literal["constant", "linear", "cosine"] = option(
-        "constant", "How the learning rate goes on after warm-up: stays, falls straight to 0, or along a cosine to 0."
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial", "one_cycle"] = option(
+        "constant",
+        "How the learning rate goes on after warm-up, up to the last step: stays, falls straight, along a cosine or a "
+        "power, or rises and falls once (one_cycle).",
+    )
+    lr_min_ratio: float = option(
+        0.0, "Share of the learning rate that falling schedules end with.", ge=0, le=1, step=0.01, advanced=True
+    )
+    lr_power: float = option(
+        2.0,
+        "For lr_scheduler polynomial: 1 falls straight, more falls sooner.",
+        gt=0,
+        step=0.1,
+        ui_max=100,
+        advanced=True,
+    )
+    lr_cycles: int = option(
+        1,
+        "For lr_scheduler cosine: how often it falls, beginning anew each time.",
+        ge=1,
+        step=1,
+        ui_max=1000,
+        advanced=True,
     )
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", ge=0, step=1, ui_max=100000)
     force_constant_lr: float | None = option(
@@ -250,6 +372,26 @@ class TrainSettings(Table):
         advanced=True,
     )
 
+    ema_decay: float | None = option(
+        None,
+        "Keep a moving average of the trained weights that keeps this share of itself at each step, such as 0.999. "
+        "Left out: none.",
+        gt=0,
+        lt=1,
+        step=0.0001,
+    )
+    ema_start_step: int = option(0, "Steps before the average begins.", ge=0, step=1, ui_max=1000000, advanced=True)
+    ema_on_cpu: bool = option(False, "Keep the average in main memory: less on the GPU, slower steps.", advanced=True)
+    ema_export: Literal["both", "ema", "trained"] = option(
+        "both",
+        "Which weights are exported: the average (in a folder whose name ends in _ema if both are), those of the last "
+        "step, or both.",
+        advanced=True,
+    )
+    ema_for_samples: bool = option(
+        True, "Draw samples and measure eval sets with the average, not with the last step's weights.", advanced=True
+    )
+
     number_of_gpus: int = option(
         1,
         "Processes, one per GPU. From the command line the launcher's --num_gpus counts instead.",
@@ -258,6 +400,15 @@ class TrainSettings(Table):
         ui_max=1024,
     )
     pipeline_stages: int = option(1, "Into how many parts the model is cut, one GPU each.", ge=1, step=1, ui_max=64)
+    zero_stage: int = option(
+        0,
+        "ZeRO: what the GPUs that train the same weights share out. 1: the optimizer's state and master weights; 2: "
+        "gradients, too; 3: weights, too. 2 and 3 without adapter and pipeline stages.",
+        ge=0,
+        le=3,
+        step=1,
+        advanced=True,
+    )
     partition_method: str = option(
         "parameters",
         "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
@@ -352,7 +503,11 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None,
+        "Processes of each GPU that read pictures while caching. Left out: up to eight, as there are cores.",
+        ge=1,
+        step=1,
+        advanced=True,
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."
@@ -434,9 +589,10 @@ class TrainSettings(Table):
     )
 
     model: Any
-    adapter: Lora | None = None
+    adapter: Adapter | None = None
     optimizer: Optimizer
     monitoring: Monitoring = Monitoring()
+    environment: Environment = Environment()
     sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
     @field_validator(
@@ -493,6 +649,12 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        problems += _zero_problems(self) if self.zero_stage >= 2 else []
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
+            problems.append(
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
@@ -522,15 +684,47 @@ def _full_problems(settings: TrainSettings) -> list[str]:
     return found
 
 
+ELEMENTWISE = ("adamw", "adamw_optimi", "sgd", "lion")
+"""Optimizers that step each weight by itself, so that a share of a matrix is stepped like the whole."""
+
+
+def _zero_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with ZeRO 2 and 3."""
+    with_stage = f"zero_stage: {settings.zero_stage} does not go together with"
+    found = []
+    if settings.adapter is not None:
+        found.append(f"{with_stage} an adapter, whose weights are few; set 0 or 1")
+    if settings.pipeline_stages > 1:
+        found.append(f"{with_stage} pipeline_stages, which already part the model; set 1")
+    if settings.blocks_to_swap:
+        found.append(f"{with_stage} blocks_to_swap; set that to 0")
+    if settings.sample.prompts:
+        found.append(f"{with_stage} sample.prompts; leave those out, or set 1")
+    if settings.model.merge_adapters:
+        found.append(f"{with_stage} model.merge_adapters; merge them into the file first")
+    if settings.optimizer.type.lower() not in ELEMENTWISE:
+        found.append(
+            f"optimizer.type: {settings.optimizer.type} looks at whole matrices, of which zero_stage "
+            f"{settings.zero_stage} leaves a share to each GPU; use {', '.join(ELEMENTWISE)}, or zero_stage 1"
+        )
+    return found
+
+
 def _bad_patterns(settings: TrainSettings) -> list[str]:
     found = []
     for key in ("train_only", "freeze", "learning_rates"):
-        for pattern in getattr(settings, key) or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                found.append(f"{key}: '{pattern}' is not a regular expression ({error})")
+        problems = [bad_pattern(pattern) for pattern in getattr(settings, key) or ()]
+        found += [f"{key}: {problem}" for problem in problems if problem]
     return found
+
+
+def bad_pattern(pattern: str) -> str:
+    """What is wrong with a regular expression; empty when nothing is."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"'{pattern}' is not a regular expression ({error})"
+    return ""
 
 
 def _unavailable(settings: TrainSettings) -> list[str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .config import SettingsError
+from .ema import Ema
 from .gradients import Gradients
 from .tensor_file import Promise, TensorFiles
 
@@ -44,6 +45,9 @@ class Trained:
         owners: ZeRO 1: the ranks among which stepping is shared out, each whole parameter to one of them.
     """
 
+    collective = False
+    """Whether all ranks take part when one writes."""
+
     def __init__(
         self,
         names: Mapping[nn.Parameter, str],
@@ -69,6 +73,8 @@ class Trained:
             view = self.gradients.views[name]
             stepped.grad = view if stepped.device == view.device else torch.empty_like(stepped)
         self.optimizers = build(self.stepped)
+        self.ema: Ema | None = None
+        """Their moving average, where one is kept."""
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -84,6 +90,8 @@ class Trained:
                 stepped.grad.copy_(view)
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.ema:
+            self.ema.update()
         self.publish()
 
     @torch.no_grad()
@@ -97,13 +105,21 @@ class Trained:
                 dist.broadcast(parameter.data, group=self.share.group, group_src=self.owner[name])
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The weights that are for use: those of schedule-free optimizers are averages; others stay as they are."""
+    def averaged(self, ema: bool = False) -> Iterator[None]:
+        """The weights that are for use: those of schedule-free optimizers are averages; others stay as they are.
+
+        Args:
+            ema: The moving average instead, where there is one.
+        """
         modes = [optimizer for optimizer in self.optimizers if hasattr(optimizer, "eval")]
-        before = {name: p.detach().clone() for name, p in self.stepped.items()} if modes else {}
+        average = self.ema if ema and self.ema and self.ema.has_begun else None
+        changed = bool(modes or average)
+        before = {name: p.detach().clone() for name, p in self.stepped.items()} if changed else {}
         for optimizer in modes:
             optimizer.eval()  # type: ignore[attr-defined]
-        if modes:
+        if average:
+            average.put_in()
+        if changed:
             self.publish()
         try:
             yield
@@ -112,10 +128,18 @@ class Trained:
                 optimizer.train()  # type: ignore[attr-defined]
             for name, value in before.items():  # exactly as they were: going there and back rounds
                 self.stepped[name].data.copy_(value)
-            if modes:
+            if changed:
                 self.publish()
 
     # -- out and in -----------------------------------------------------------------------------------
+
+    def promise(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> Promise:
+        """``value``, which belongs to parameter ``name``, to be written."""
+        return Promise.of(value, dtype)
+
+    def mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What this rank needs of ``value``, which was written for parameter ``name``."""
+        return value
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of what is trained, as precise as it is stepped."""
@@ -123,7 +147,7 @@ class Trained:
 
     def masters(self) -> dict[str, Promise]:
         """What this rank steps, to be written."""
-        return {name: Promise.of(p) for name, p in self.stepped.items()}
+        return {name: self.promise(name, p) for name, p in self.stepped.items()}
 
     def everything(self, dtype: torch.dtype, float32: Sequence[str] = ()) -> dict[str, Promise]:
         """All weights of the stage as ``dtype``, those with one of ``float32`` in their name in float32."""
@@ -131,7 +155,7 @@ class Trained:
         for name, parameter in self.all.items():
             value = self.stepped.get(name, parameter)
             kept = any(part in name for part in float32)
-            found[name] = Promise.of(value, torch.float32 if kept else dtype)
+            found[name] = self.promise(name, value, torch.float32 if kept else dtype)
         return found
 
     def state(self) -> tuple[dict[str, Promise], dict[str, Any]]:
@@ -147,7 +171,7 @@ class Trained:
                     name, state = names[parameter], optimizer.state.get(parameter, {})
                     for key, value in state.items():
                         if isinstance(value, torch.Tensor):
-                            tensors[f"{name}|{key}"] = Promise.of(value)
+                            tensors[f"{name}|{key}"] = self.promise(name, value)
                     plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
                     rest["values"][name] = plain
         return tensors, rest
@@ -164,10 +188,10 @@ class Trained:
                     f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
                     "resume with the model and adapter settings that it was made with"
                 )
-            value = weights.read(name)
-            parameter.data.copy_(value)
-            if name in self.stepped:
-                self.stepped[name].data.copy_(value)
+            value = self.mine(name, weights.read(name))
+            for target in (self.stepped.get(name), parameter):
+                if target is not None and target.shape == value.shape:
+                    target.data.copy_(value)
         keys: dict[str, list[str]] = {}
         for full in state.names():
             name, _, key = full.rpartition("|")
@@ -183,7 +207,8 @@ class Trained:
                     for key in keys.get(name, ()):
                         # torch's optimizers keep the number of steps on the CPU unless their kernels count it
                         here = key != "step" or group.get("fused") or group.get("capturable")
-                        found[key] = state.read(f"{name}|{key}").to(parameter.device if here else "cpu", copy=True)
+                        value = self.mine(name, state.read(f"{name}|{key}"))
+                        found[key] = value.to(parameter.device if here else "cpu", copy=True)
                     if found:
                         optimizer.state[parameter] = found
 

@@ -13,10 +13,10 @@ import comfy.sample
 import comfy_miniatures as mini
 import torch
 from diffusion_trainer.diffusion_nodes import lora_files, lora_nodes
-from diffusion_trainer.diffusion_nodes.lora_adapters import ALGORITHMS, new_adapter
 from diffusion_trainer.diffusion_nodes.lora_layers import attached, shape_of, targets
 from diffusion_trainer.diffusion_nodes.lora_objective import loss, noisy
 from diffusion_trainer.diffusion_nodes.lora_training import untouched
+from diffusion_trainer.utils.adapter_layers import ALGORITHMS, new_adapter
 
 from .harness import apply, difference, models, same, train
 

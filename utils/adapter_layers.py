@@ -31,6 +31,17 @@ class Shape:
     padding: Any = ()
     dilation: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, layer: nn.Module) -> Shape | None:
+        """The shape of a linear layer or a convolution; None of any other."""
+        if isinstance(layer, nn.Linear):
+            return cls(layer.out_features, layer.in_features)
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and layer.groups == 1 and layer.padding_mode == "zeros":
+            return cls(
+                layer.out_channels, layer.in_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation
+            )
+        return None
+
     @property
     def columns(self) -> int:
         """Inputs of the layer's weight as a matrix."""
@@ -152,9 +163,13 @@ class Lokr(Adapter):
             setattr(self, name, nn.Parameter(value.detach().flatten(1).float().clone()))
 
     @classmethod
-    def new(cls, shape: Shape, rank: int, alpha: float, generator: torch.Generator) -> Lokr:
-        """Adds nothing yet. The second factor is whole where a product of two would not be smaller."""
-        out_1, in_1 = _divisor(shape.outputs), _divisor(shape.inputs)
+    def new(cls, shape: Shape, rank: int, alpha: float, generator: torch.Generator, most: int | None = None) -> Lokr:
+        """Adds nothing yet. The second factor is whole where a product of two would not be smaller.
+
+        Args:
+            most: Largest side of the first factor.
+        """
+        out_1, in_1 = _divisor(shape.outputs, most), _divisor(shape.inputs, most)
         rows, columns = shape.outputs // out_1, shape.columns // in_1
         parts = {"w1": _uniform((out_1, in_1), in_1, generator)}
         if rank * 2 < min(rows, columns):
@@ -198,6 +213,6 @@ def _uniform(size: tuple[int, int], fan_in: int, generator: torch.Generator) -> 
     return torch.rand(size, generator=generator) * (2 * bound) - bound
 
 
-def _divisor(size: int) -> int:
-    """The largest divisor of ``size`` up to its square root."""
-    return next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+def _divisor(size: int, most: int | None = None) -> int:
+    """The largest divisor of ``size`` up to its square root, or up to ``most`` if that is less."""
+    return next(n for n in range(min(math.isqrt(size), most or size), 0, -1) if size % n == 0)

@@ -1,0 +1,140 @@
+"""A frozen layer with an adapter: how it computes, and what of it goes into a file.
+
+LoRA on a linear layer runs through `lora_linear`, whose two operators save passes over the large tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adapter_layers import Adapter, Lora, Shape
+from .lora_linear import lora_linear
+from .storage import StoredLinear, convert
+
+
+class Adapted(nn.Module):
+    """``base_layer`` plus ``adapter``; shapes as those of the layer.
+
+    Args:
+        dropout: Share of the adapter's inputs that is dropped while training.
+        rank_dropout: Share of the outputs to which the adapter adds nothing while training.
+        decomposed: DoRA (Liu et al. 2024): the adapter turns each row of the weight, and `magnitude` says how long
+            it is. As in the paper the row's length counts as a constant in the backward pass.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapter: Adapter,
+        dropout: float = 0.0,
+        rank_dropout: float = 0.0,
+        decomposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = base, adapter
+        self.dropout, self.rank_dropout = dropout, rank_dropout
+        self.magnitude = nn.Parameter(self._merged_length()) if decomposed else None
+
+    @property
+    def weight(self) -> Any:
+        """Of the frozen layer."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """Of the frozen layer."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with what the adapter adds."""
+        dropping = self.training and (self.dropout or self.rank_dropout)
+        if self.magnitude is None and not dropping and isinstance(self.adapter, Lora) and not self.adapter.shape.kernel:
+            return self._fused(x, self.adapter)
+        added = self.adapter(F.dropout(x, self.dropout, self.training) if self.dropout else x)
+        if self.rank_dropout and self.training:
+            kept = torch.rand(self.adapter.shape.outputs, device=x.device) >= self.rank_dropout
+            added = added * self._along_outputs(kept.to(added.dtype))
+        if self.magnitude is None:
+            return self.base_layer(x) + added
+        factor = self._along_outputs((self.magnitude / self._merged_length()).to(x.dtype))
+        bias = None if self.bias is None else self._along_outputs(self.bias.to(x.dtype))
+        output = self.base_layer(x) if bias is None else self.base_layer(x) - bias
+        output = (output + added) * factor
+        return output if bias is None else output + bias
+
+    def _fused(self, x: Tensor, adapter: Lora) -> Tensor:
+        base: Any = self.base_layer
+        down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
+        up = up if adapter.scale == 1.0 else up * adapter.scale  # the small matrix instead of the large output
+        output, _ = lora_linear(x.flatten(0, -2), base.weight, getattr(base, "weight_scale", None), base.bias, down, up)
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    def _along_outputs(self, value_O: Tensor) -> Tensor:
+        return value_O.view(-1, *[1] * len(self.adapter.shape.kernel))
+
+    @torch.no_grad()
+    def _merged_length(self) -> Tensor:
+        """The length of each row of the weight with the adapter in it, fp32, (O)."""
+        frozen = frozen_weight(self.base_layer).flatten(1)  # may wait in main memory
+        return (frozen + self.adapter.delta().to(frozen.device)).norm(dim=1)
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into a file, by the last part of its key; LoRA's as ``lora_up.weight``, ``lora_down.weight``.
+
+        ComfyUI multiplies a DoRA's merged weight by ``dora_scale`` over the length of the *frozen* row; the one
+        written here makes that the same function.
+        """
+        found = {**self.adapter.tensors(), "alpha": torch.tensor(self.adapter.alpha)}
+        if self.magnitude is not None:
+            found["dora_scale"] = self._along_frozen(self.magnitude.cpu() / self._merged_length().cpu())
+        return found
+
+    def _along_frozen(self, factor_O: Tensor) -> Tensor:
+        length = frozen_weight(self.base_layer).flatten(1).norm(dim=1)
+        length = length * factor_O.to(length.device)
+        return length.view(-1, *[1] * (len(self.adapter.shape.weight) - 1))
+
+    @torch.no_grad()
+    def scale_rows(self, dora_scale: Tensor) -> None:
+        """Takes over a file's ``dora_scale``; the inverse of what `tensors` does."""
+        assert self.magnitude is not None
+        frozen = frozen_weight(self.base_layer).flatten(1).norm(dim=1)
+        self.magnitude.copy_(dora_scale.flatten().to(frozen) / frozen * self._merged_length())
+
+
+def frozen_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer or a convolution in fp32, however it is stored."""
+    weight: Any = layer.weight
+    return convert(weight.data, getattr(layer, "weight_scale", None), torch.float32)
+
+
+@torch.no_grad()
+def replace_frozen(layer: nn.Module, value: Tensor) -> None:
+    """Puts another value into the weight of a linear layer or a convolution, stored as before."""
+    weight: Any = layer.weight
+    if isinstance(layer, StoredLinear):  # in place: a swapped block's weights are part of a larger piece of memory
+        scale = layer.weight_scale
+        fresh = layer.store(value.to(weight.device), weight.dtype)
+        weight.copy_(fresh)
+        layer.weight = weight
+        if scale is not None and layer.weight_scale is not None:
+            scale.copy_(layer.weight_scale)
+            layer.weight_scale = scale
+    else:
+        weight.copy_(value)
+
+
+def adapted_layers(module: nn.Module) -> dict[str, Adapted]:
+    """The layers with an adapter, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Adapted)}
+
+
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    """The layers that may get an adapter, by name."""
+    found = {name: Shape.of(layer) for name, layer in module.named_modules()}
+    return {name: shape for name, shape in found.items() if shape is not None}
