@@ -6,9 +6,9 @@ from training import Bench, Result
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("gpu"))
+@pytest.fixture(scope="module", params=["flux", "wan"])
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("gpu"), request.param)
 
 
 @pytest.fixture(scope="module")
