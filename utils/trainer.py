@@ -252,15 +252,16 @@ class Trainer:
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
-        device = self.world.device
+        device, read = self.world.device, self.family.denoiser_reader()
         waiting = swapped(layers, mine, self.settings.blocks_to_swap)
         apart = {layer.name for layer in waiting}
-        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        rest = _parameters(layer for layer in mine if layer.name not in apart)
+        self.family.load_denoiser(device, denoiser, rest, read)
         if not waiting:
             return None
         swap = BlockSwap(device)
         for layer in waiting:
-            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            self.family.load_denoiser(device, denoiser, _parameters([layer]), read)
             swap.take(layer)
         return swap
 
