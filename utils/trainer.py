@@ -248,7 +248,7 @@ class Trainer:
             return
         fused = [(Path(entry.path).expanduser(), entry.weight) for entry in s.adapter.fuse_adapters]
         fuse(denoiser, self.family, fused, "adapter.fuse_adapters")
-        inject(denoiser, self.family, s.adapter, s.seed)
+        inject(denoiser, self.family, s.adapter, s.seed, rates)
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
