@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,7 +45,8 @@ def random_weights(denoiser: Any, device: Any) -> Callable[[str], Any]:
     def read(name: str) -> torch.Tensor:
         if "norm" in name and len(shapes[name]) == 1 and name.endswith("weight"):
             return torch.ones(shapes[name], device=device, dtype=torch.bfloat16)
-        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))  # the same whatever is read first
+        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16, generator=generator) * 0.02
 
     return read
 
@@ -88,10 +90,14 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         ]
 
         def load(self, sample: Sample, view: Any) -> Encoded:
-            text = 768, (512, 4096)
+            generator = torch.Generator().manual_seed(int(sample.media.digest))
+
+            def draw(*shape: int) -> torch.Tensor:
+                return torch.randn(shape, generator=generator).bfloat16()
+
             return Encoded(
-                {"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
-                {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()},
+                {"latents": draw(16, arguments.height // 8, arguments.width // 8)},
+                {"clip_pooled": draw(768), "t5_embeds": draw(512, 4096)},
             )
 
     class Benchmark(Trainer):
