@@ -17,12 +17,13 @@ if missing := [name for name in ("pydantic", "tomli_w", "psutil") if find_spec(n
 MODULES = {
     "dataset": (
         "GeneralDatasetConfig", "GeneralDatasetPathNode", "EditModelDatasetPathNode", "MultiImageEditDatasetPathNode",
-        "MaskDatasetPathNode", "FrameBucketsNode", "ArBucketsNode", "AddDatasetFolderNode", "EvalDatasetConfig"),
+        "MaskDatasetPathNode", "FrameBucketsNode", "ArBucketsNode", "AddDatasetFolderNode", "DatasetOptionsNode",
+        "EvalDatasetConfig"),
     "dataset_preview": ("DatasetPreview",),
     "model": tuple(contracts()),
     "config": (
-        "GeneralConfig", "AdvancedTrainConfig", "ModelConfig", "AdapterConfigNode", "OptimizerConfigNode",
-        "TrainingSamplerConfig", "RunEnvironmentNode"),
+        "GeneralConfig", "AdvancedTrainConfig", "ModelConfig", "AdapterConfigNode", "OptimizerConfigNode"),
+    "run_config": ("TrainingSamplerConfig", "MoreTrainConfigNode", "RunEnvironmentNode"),
     "train": ("Train",),
     "monitor": ("TensorBoardMonitor", "OutputDirPassthrough"),
     "image_set_nodes": ("LoadImageSetNode", "LoadImageSetFromFolderNode", "LoadCaptionedImageSetNode"),
@@ -44,6 +45,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "FrameBucketsNode": "Frame Buckets",
     "ArBucketsNode": "Aspect Ratio Buckets",
     "AddDatasetFolderNode": "Add Dataset Folder",
+    "DatasetOptionsNode": "More Dataset Options",
     "EvalDatasetConfig": "Evaluation Dataset Config",
     "DatasetPreview": "Dataset Preview",
     **{name: contract.title for name, contract in contracts().items()},
@@ -53,6 +55,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "AdapterConfigNode": "Adapter Config",
     "OptimizerConfigNode": "Optimizer Config",
     "TrainingSamplerConfig": "Training Sampler Config",
+    "MoreTrainConfigNode": "More Training Settings",
     "RunEnvironmentNode": "Run Environment",
     "Train": "Start Training",
     "TensorBoardMonitor": "TensorBoard Monitor",

@@ -54,7 +54,7 @@ def start(root: Path, fill: bool) -> dict[str, float]:
     begin = time.perf_counter()
     dataset, settings = module("utils.dataset"), module("utils.settings")
     cache, sampler, index = module("utils.cache"), module("utils.sampler"), module("utils.index")
-    flux = module("models.flux").Flux
+    flux, readers = module("models.flux").Flux, module("utils.readers")
     times = {"imports": time.perf_counter() - begin}
 
     class Tiny(flux):  # type: ignore[misc, valid-type]
@@ -81,11 +81,12 @@ def start(root: Path, fill: bool) -> dict[str, float]:
 
     options = settings.parse_dataset_settings({"resolutions": [64], "directory": [{"path": str(root / "data")}]})
     family = Tiny(flux.Config(type="flux"))
-    files = index.Index(root / "cache" / "index.sqlite")
-    samples, report = timed("scan", lambda: dataset.scan(options, files, family))
-    timed("remember", lambda: dataset.remember(root / "cache" / "scan", samples))
-    store = timed("open cache", lambda: cache.Cache(root / "cache", family, samples))
-    timed("fill" if fill else "look for missing", lambda: store.fill(torch.device("cpu"), 64))
+    with readers.Readers(readers.usual_count()) as pool:
+        files = index.Index(root / "cache" / "index.sqlite", pool)
+        samples, report = timed("scan", lambda: dataset.scan(options, files, family))
+        timed("remember", lambda: dataset.remember(root / "cache" / "scan", samples))
+        store = timed("open cache", lambda: cache.Cache(root / "cache", family, samples))
+        timed("fill" if fill else "look for missing", lambda: store.fill(torch.device("cpu"), 64, pool))
     timed("note use", lambda: store.note_use("benchmark"))
     order = sampler.Sampler(samples, 4, 0)
     timed("plan 1 epoch", lambda: order.epoch(0))

@@ -59,6 +59,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     from diffusion_trainer.utils.dataset import Sample
     from diffusion_trainer.utils.index import Media
     from diffusion_trainer.utils.media import Properties, Source
+    from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
@@ -96,16 +97,13 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     class Benchmark(Trainer):
         profiler: Any = None
 
-        def _prepare_data(self) -> Any:
-            return RandomCache()
-
         def _build(self) -> Any:
-            engine, trained = super()._build()
+            engine, *others = super()._build()
             if self.profiler:
                 self.profiler.start()
                 run = engine.train_batch
                 engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
-            return engine, trained
+            return engine, *others
 
     values = {
         "output_dir": str(folder),
@@ -126,6 +124,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     prepare_folder(settings, dataset, run)
     trainer = Benchmark(settings, dataset, world, run)
     trainer.family = RandomFlux(settings.model)
+    trainer.preparation.run = lambda: Data(RandomCache(), {}, {}, [])
     if arguments.profile:
         trainer.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)

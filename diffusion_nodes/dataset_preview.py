@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, ClassVar
 
 from ..models import family_named
@@ -67,16 +68,17 @@ class DatasetPreview:
         from ..utils import preview
         from ..utils.dataset import scan
         from ..utils.index import Index
+        from ..utils.readers import Readers, usual_count
 
         train = train_config or {}
         kind = (train.get("model") or {}).get("type", self.DEFAULT_FAMILY)
         family = family_named(kind)
-        index = Index(comfy.temp_directory() / "dataset_preview.sqlite")
-        try:
-            clip_mode = train.get("video_clip_mode", "none")
-            samples, report = scan(parse_dataset_settings(dataset_config), index, family, clip_mode, _progress)
-        finally:
-            index.close()
+        settings, clip_mode = parse_dataset_settings(dataset_config), train.get("video_clip_mode", "none")
+        with (
+            Readers(usual_count()) as readers,
+            closing(Index(comfy.temp_directory() / "dataset_preview.sqlite", readers)) as index,
+        ):
+            samples, report = scan(settings, index, family, clip_mode, _progress)
         sheet = preview.contact_sheet(preview.choose(samples, max_pictures, selection), family.fps)
         return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255.0)[None], "\n".join(report.lines())
 

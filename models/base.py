@@ -37,7 +37,7 @@ else:
 
 Encodings = Mapping[str, "torch.Tensor | Sequence[torch.Tensor]"]
 """Values of captions by name, batch first; a list where captions differ in length."""
-StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
+StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4"]
 
 
 class ModelConfig(Table):
@@ -47,9 +47,21 @@ class ModelConfig(Table):
     dtype: Dtype = option("bfloat16", "Precision that the model computes in.")
     transformer_dtype: StorageDtype | None = option(
         None,
-        "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
-        "Left out: the same as dtype.",
+        "Precision that the frozen transformer weights are stored in; float8 and int8 halve their memory, nf4 (4 bits) "
+        "halves it again. Left out: the same as dtype.",
         also=("diffusion_model_dtype",),
+    )
+    quantized_matmul: bool = option(
+        False,
+        "With transformer_dtype float8 or int8: multiply in that precision as well, activations too. float8 is faster "
+        "on RTX 40 and newer, H100 and newer; int8 on RTX 30.",
+        advanced=True,
+    )
+    text_encoder_dtype: StorageDtype | None = option(
+        None,
+        "Precision that the large text encoders' weights are stored in, for GPUs that cannot hold them otherwise. "
+        "Changes cached captions a little. Left out: the same as dtype.",
+        advanced=True,
     )
     merge_adapters: list[str] | None = option(
         None, "LoRAs that are merged into the model before training, one per line.", lines=True, advanced=True
@@ -194,10 +206,19 @@ class Family(ABC):
     @property
     def storage(self) -> Storage | None:
         """How the denoiser's linear layers are stored; None: at `dtype`."""
-        name = self.config.transformer_dtype
-        if name in (None, self.config.dtype):
-            return None
-        return stored.Storage(getattr(torch, "float8_e4m3fn" if name == "float8" else str(name)), self.high_precision)
+        return self._storage(self.config.transformer_dtype, self.high_precision)
+
+    def text_storage(self, kept: Sequence[str] = ()) -> Storage | None:
+        """How a large text encoder's linear layers are stored, but those of ``kept``; None: at `dtype`."""
+        return self._storage(self.text_dtype, kept)
+
+    @property
+    def text_dtype(self) -> str | None:
+        """What a large text encoder is stored in; None: `dtype`."""
+        return self.config.text_encoder_dtype
+
+    def _storage(self, name: str | None, kept: Sequence[str]) -> Storage | None:
+        return None if name in (None, self.config.dtype) else stored.Storage.named(str(name), kept)
 
     # -- files ------------------------------------------------------------------------------------
 

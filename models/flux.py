@@ -198,6 +198,8 @@ class Flux(Family):
         if part in self.text_encoders:
             identity["tokenizer"] = fingerprint(self._tokenizer_folder(part))
             identity["length"] = str(CLIP_LENGTH if part == "clip" else self.config.max_sequence_length)
+            if part == "t5" and self.text_dtype:
+                identity["storage"] = self.text_dtype
         return json.dumps(identity)
 
     def _place(self, name: str) -> tuple[Path, str]:
@@ -281,7 +283,8 @@ class Flux(Family):
             model.tie_weights()
             # transformers keeps these in float32 beside float16, where their output overflows
             float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
-            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32)
+            storage = self.text_storage(float32)
+            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32, storage)
             tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)  # type: ignore[attr-defined]
         return TextEncoder(tokenizer, model.eval())
 

@@ -38,6 +38,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    StorageDtype,
     fingerprint,
     in_comfyui,
     read_json,
@@ -125,6 +126,9 @@ class SDXLConfig(ModelConfig):
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option("uniform", NO_EFFECT, advanced=True)
     sigmoid_scale: float = option(1.0, NO_EFFECT, gt=0, step=0.1, advanced=True)
+    text_encoder_dtype: StorageDtype | None = option(
+        None, "Has no effect: SDXL's text encoders are small.", advanced=True
+    )
 
     @field_validator("timestep_sample_method")
     @classmethod
@@ -702,7 +706,7 @@ def _miniature_parts(vocabulary: int) -> dict[str, Any]:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 8, 16),
             layers_per_block=2, transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 1, 1),
-            cross_attention_dim=24, norm_num_groups=8, use_linear_projection=True, addition_embed_type="text_time",
+            cross_attention_dim=24, norm_num_groups=4, use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
         "vae": diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

@@ -65,13 +65,10 @@ if TYPE_CHECKING:
     from diffusers.pipelines.wan import pipeline_wan
     from PIL import Image, ImageOps
     from torch import nn
-
-    from ..utils import storage as stored
 else:
     diffusers, sentencepiece, torch, transformers = map(lazy, ("diffusers", "sentencepiece", "torch", "transformers"))
     nn, Image, ImageOps = map(lazy, ("torch.nn", "PIL.Image", "PIL.ImageOps"))
     pipeline_wan = lazy("diffusers.pipelines.wan.pipeline_wan")
-    stored = lazy(__name__.split(".models.")[0] + ".utils.storage")
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +161,10 @@ class Wan(Family):
     float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     high_precision = ("^condition_embedder", "^proj_out")
 
+    @property
+    def text_dtype(self) -> str | None:
+        return self.config.text_encoder_dtype or ("float8" if self.config.text_encoder_fp8 else None)
+
     # -- files ------------------------------------------------------------------------------------
 
     def check_files(self) -> None:
@@ -194,7 +195,7 @@ class Wan(Family):
         if part == "umt5":
             folder = self._tokenizer_folder()
             identity["tokenizer"] = fingerprint(folder) if folder else ""
-            identity["storage"] = "float8" if self.config.text_encoder_fp8 else ""
+            identity["storage"] = self.text_dtype or ""
         elif self.variant.task != "t2v":
             identity["task"] = self.variant.task
             identity["clip"] = fingerprint(self._place("clip")[0]) if self.variant.has_clip else ""
@@ -344,10 +345,7 @@ class Wan(Family):
         model.tie_weights()
         # transformers keeps these in float32 beside float16, where their output overflows
         float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
-        storage = stored.Storage(torch.float8_e4m3fn, float32) if self.config.text_encoder_fp8 else None
-        fill(model, umt5_reader(source), self.dtype, device, float32, storage)
-        if storage:
-            _hide_weights(model)
+        fill(model, umt5_reader(source), self.dtype, device, float32, self.text_storage(float32))
         return TextEncoder(self._load_tokenizer(), model.eval())
 
     def _load_tokenizer(self) -> Any:
@@ -518,15 +516,6 @@ def _refuse_two_experts(root: Path) -> None:
                 f"model.transformer_path: '{root}' holds two transformers; give '{root / high}' and min_t = 0.875 "
                 f"(image-to-video 0.9) for high noise, or '{root / low}' and that as max_t for low noise"
             )
-
-
-def _hide_weights(model: Any) -> None:
-    """transformers' feed-forward layers convert what they compute to the dtype in which ``wo`` is stored, unless it
-    has no weight."""
-    for module in model.modules():
-        if type(module).__name__ == "UMT5DenseGatedActDense" and isinstance(module.wo, stored.StoredLinear):
-            module.wo = nn.Sequential(module.wo)
-            module.wo.weight = None
 
 
 # -- links of the chain -----------------------------------------------------------------------------------

@@ -15,8 +15,12 @@ from diffusion_trainer.models.flux import Flux
 from diffusion_trainer.utils.dataset import Sample, scan
 from diffusion_trainer.utils.dataset_report import Report
 from diffusion_trainer.utils.index import Index
+from diffusion_trainer.utils.readers import Readers
 from diffusion_trainer.utils.settings import parse_dataset_settings
 from PIL import Image
+
+READERS = Readers(2)
+"""Shared, as a process takes a moment to start; they end with the tests."""
 
 
 class VideoFamily(Flux):
@@ -91,7 +95,7 @@ def family(model: dict[str, Any], kind: Any = Flux) -> Any:
 def look(folder: Path, family: Any = Flux, clip_mode: Any = "none", top: dict | None = None, **options: Any):
     """Samples and report of one folder."""
     values = {"resolutions": [64], "directory": [{"path": str(folder), **options}], **(top or {})}
-    index = Index(folder.parent / "index.sqlite")
+    index = Index(folder.parent / "index.sqlite", READERS)
     try:
         found: tuple[list[Sample], Report] = scan(parse_dataset_settings(values), index, family, clip_mode)
         return found

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import EditFamily, bomb, look, picture, video
+from datasets import READERS, EditFamily, bomb, look, picture, video
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.dataset import recall, remember
 from diffusion_trainer.utils.settings import as_toml, parse_dataset_settings
@@ -221,14 +221,16 @@ def test_known_files_are_not_opened_and_touched_ones_are_the_same(tmp_path, monk
     now = time.time_ns()
     monkeypatch.setattr("time.time_ns", lambda: now + 10**10)
     first, _ = look(folder)
-    opened = []
-    real = builtins.open
+    opened, read = [], []
+    real, submit = builtins.open, READERS.submit
     monkeypatch.setattr(builtins, "open", lambda path, *a, **k: (opened.append(str(path)), real(path, *a, **k))[1])
+    monkeypatch.setattr(READERS, "submit", lambda call, sources: (read.extend(sources), submit(call, sources))[1])
+    assert look(folder)[0] == first
+    os.utime(folder / "3.png", (1, 1))
+    assert [path for path in opened if str(folder) in path] == [] == read
     assert look(folder)[0] == first
     assert [path for path in opened if str(folder) in path] == []
-    os.utime(folder / "3.png", (1, 1))
-    assert look(folder)[0] == first
-    assert {path for path in opened if str(folder) in path} == {str(folder / "3.png")}
+    assert [source.name for source in read] == ["3.png"]
 
 
 def test_a_file_replaced_under_its_name_is_another(tmp_path):

@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_every_sample(bench: EvalBench, measured: Result) ->
     denoiser = inject(family.load_denoiser(torch.device("cpu")), family, settings.adapter, 0)
     folder = RunFolder.create(bench.root / "out")
     trainer = Trainer(settings, bench.parsed_dataset(), world(), folder)
-    cache = trainer._prepare_data().eval_sets["held-out"]
+    cache = trainer.preparation.run().eval_sets["held-out"]
     assert len(cache.samples) == 5
     losses = []
     for sample in cache.samples:

@@ -58,7 +58,7 @@ def test_exif_rotation(tmp_path, orientation):
 def test_modes(tmp_path, image, expected):
     pixels = read_picture(saved(tmp_path / "a.png", image), SQUARE)
     assert pixels.shape == (3, 1, 64, 64)
-    assert pixels.dtype == torch.uint8
+    assert pixels.dtype == np.uint8
     if expected:
         assert np.allclose(colour(pixels), expected, atol=1)
 
@@ -80,7 +80,7 @@ def test_crop_is_the_centre_and_flip_mirrors(tmp_path):
     pixels = read_picture(source, SQUARE)
     assert pixels[:, 0, 32, 2].tolist() == [255, 0, 0]
     assert pixels[:, 0, 32, 61].tolist() == [0, 255, 0]
-    assert torch.equal(read_picture(source, SQUARE, flip=True), pixels.flip(-1))
+    assert np.array_equal(read_picture(source, SQUARE, flip=True), pixels[..., ::-1])
 
 
 def test_whole_picture_keeps_its_shape(tmp_path):
@@ -97,10 +97,10 @@ def test_mask_follows_the_crop_of_its_picture_at_any_size(tmp_path):
     assert cropped.shape == (1, 64, 64)
     assert cropped[0, :, 2:30].min() == 255
     assert cropped[0, :, 34:].max() == 0
-    grid = mask_on_grid(cropped, (1, 8, 8))
+    grid = mask_on_grid(torch.from_numpy(cropped), (1, 8, 8))
     assert grid.shape == (1, 8, 8)
     assert grid[0, 0].tolist() == pytest.approx([1, 1, 1, 1, 0, 0, 0, 0], abs=0.1)
-    assert torch.equal(read_mask(source, SQUARE, (192, 64), flip=True), cropped.flip(-1))
+    assert np.array_equal(read_mask(source, SQUARE, (192, 64), flip=True), cropped[..., ::-1])
 
 
 def test_colours_of_a_mask_count_not_its_transparency(tmp_path):

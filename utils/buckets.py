@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from .settings import FolderOptions
+if TYPE_CHECKING:
+    from .settings import FolderOptions
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Bucket:
+class Bucket(NamedTuple):
     """A size in pixels, and a number of frames, that the model sees."""
 
     width: int

@@ -10,32 +10,33 @@ import copy
 import gc
 import hashlib
 import logging
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch.nn.functional import adaptive_avg_pool3d
 
 from ..models.base import Encodings, Family
 from .buckets import Bucket
-from .dataset import Sample
+from .dataset import Sample, collector_off
 from .index import Media, Progress
-from .media import UnreadableMedia, normalised, read_mask, read_picture, read_whole
+from .media import UnreadableMedia, read_mask, read_picture, read_whole
 from .randomness import generator
 from .store import Store, Uses
 from .video import read_clip, read_mask_clip
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 CONTROL_PIXELS = 1024 * 1024
 """Most pixels of a control picture that a text encoder looks at."""
+AHEAD = 8
+"""Pictures or clips that are read while others are encoded; a clip may have 100 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A picture or clip to encode."""
+    """A picture or clip to encode, or a mask to shrink."""
 
     media: Media
     bucket: Bucket
@@ -68,13 +69,45 @@ class _Picture:
     shape: Media
     """What it is cropped like: itself, or for a mask its picture."""
 
+    @property
+    def files(self) -> tuple[Media, ...]:
+        """What is read for it."""
+        return (self.media,)
+
 
 @dataclass(frozen=True, slots=True)
 class _Text:
     """A caption to encode."""
 
     caption: str
-    controls: tuple[Media, ...]
+    files: tuple[Media, ...] = ()
+    """Control pictures that the encoder looks at, too."""
+
+
+Job = TypeVar("Job", _Picture, _Text)
+
+
+class _Part(Generic[Job]):
+    """What is needed of one store, and which of it this process makes."""
+
+    def __init__(self, store: Store, known: dict[str, int], rank: int, world: int) -> None:
+        """``known``: sizes of what there is and need not be made."""
+        self.store, self.known = store, known
+        self.keys: dict[str, None] = {}
+        self.jobs: dict[str, Job] = {}
+        self._rank, self._world = rank, world
+
+    def add(self, key: str, kind: Callable[..., Job], *arguments: Any) -> None:
+        """Notes a value. Processes share by key, so that those which look at other times leave no gap."""
+        self.keys[key] = None
+        if key not in self.known and int(key[:8], 16) % self._world == self._rank:
+            self.jobs[key] = kind(*arguments)
+
+
+Ready = list[tuple[str, Job, list[np.ndarray]]]
+"""Keys and jobs with the pixels of their files."""
+Call = tuple[Any, ...]
+"""A function and its arguments, for a reader."""
 
 
 class Cache:
@@ -95,7 +128,7 @@ class Cache:
         """
         self._folder, self._family, self._uncond, self._further = folder, family, uncond, texts
         self.samples = list(samples)
-        self._jobs: list[tuple[Store, dict[str, int], list[str]]] = []
+        self._parts: list[_Part[Any]] = []
         self._vae_identity = family.identity("vae")
         self._text_identity = {name: family.identity(name) for name in family.text_encoders}
         root = folder / family.config.type
@@ -160,7 +193,8 @@ class Cache:
             UnreadableMedia: Its file cannot be read any more.
         """
         logger.warning("cache: encoding %s again; this takes a while", sample.path)
-        failed = Cache(self._folder, self._family, [sample], self._uncond).fill(torch.device("cpu"), 1)
+        with ThreadPoolExecutor(1) as readers:
+            failed = Cache(self._folder, self._family, [sample], self._uncond).fill(torch.device("cpu"), 1, readers)
         for reason in failed.values():
             raise UnreadableMedia(reason)
 
@@ -176,212 +210,249 @@ class Cache:
         self,
         device: torch.device,
         batch_size: int,
+        readers: Executor,
         progress: Progress = lambda *_: None,
         rank: int = 0,
         world: int = 1,
         barrier: Callable[[], None] = lambda: None,
         *,
         regenerate: bool = False,
-        num_readers: int | None = None,
     ) -> dict[str, str]:
         """Encodes this process's share of what is missing; every process calls it.
 
         Args:
+            readers: Read pictures ahead of the encoder.
             regenerate: Encode also what is there.
-            num_readers: Threads that read pictures ahead of the encoder.
 
         Returns:
             Files that could not be decoded, with the reason (this process's share).
         """
-        work = _Work(self._family, device, batch_size, progress, num_readers or min(8, os.cpu_count() or 1), regenerate)
+        work = _Work(self._family, device, batch_size, readers, progress, regenerate)
         failed: dict[str, str] = {}
-        self._jobs.clear()
+        self._parts.clear()
 
-        def share(store: Store, jobs: dict[str, T]) -> dict[str, T]:
-            """What this process does: by key, so that processes which look at other times leave no gap."""
-            if rank == 0:
-                store.sweep()
-            present = {} if regenerate else store.sizes()
-            self._jobs.append((store, present, list(jobs)))
-            return {key: job for key, job in jobs.items() if key not in present and int(key[:8], 16) % world == rank}
+        def part(store: Store) -> _Part[Any]:
+            present = store.sizes(sweep=rank == 0)
+            self._parts.append(_Part(store, {} if regenerate else present, rank, world))
+            return self._parts[-1]
 
-        if pictures := share(self._media, self._picture_jobs()):
-            failed |= work.media(self._media, pictures)
+        with collector_off():
+            pictures = self._list_pictures(part(self._media))
+        if pictures.jobs:
+            failed |= work.media(self._media, pictures.jobs)
         barrier()
-        if masks := share(self._masks, self._mask_jobs()):
-            failed |= work.masks(self._masks, masks)
+        masks = self._list_masks(part(self._masks))
+        if masks.jobs:
+            failed |= work.masks(self._masks, masks.jobs)
         barrier()
         for name, store in self._texts.items():
-            if texts := share(store, self._text_jobs(name)):
-                work.texts(name, store, texts)
+            with collector_off():
+                texts = self._list_texts(name, part(store))
+            if texts.jobs:
+                failed |= work.texts(name, store, texts.jobs)
             barrier()
         return failed
 
     def note_use(self, name: str) -> int:
         """Keeps what the dataset ``name`` uses since `fill`, for pruning; returns its bytes."""
         identity = _key(name, self._vae_identity, *self._text_identity.values())
-        Uses(self._folder).note(identity, (key for *_, keys in self._jobs for key in keys))
+        Uses(self._folder).note(identity, (key for part in self._parts for key in part.keys))
         total = 0
-        for store, before, keys in self._jobs:
-            sizes = before if all(key in before for key in keys) else store.sizes()
-            total += sum(sizes.get(key, 0) for key in keys)
+        for part in self._parts:
+            complete = part.known and all(key in part.known for key in part.keys)
+            sizes = part.known if complete else part.store.sizes()
+            total += sum(sizes.get(key, 0) for key in part.keys)
         return total
 
-    def _picture_jobs(self) -> dict[str, _Picture]:
-        jobs = {}
+    def _list_pictures(self, part: _Part[_Picture]) -> _Part[_Picture]:
         for sample in self.samples:
-            still = Bucket(sample.bucket.width, sample.bucket.height)
-            parts = [(sample.media, sample.bucket, sample.start), *((c, still, None) for c in sample.controls)]
-            for media, bucket, start in parts:
+            flips = (False, True)[: 1 + sample.flip]
+            for flip in flips:
+                key = self.media_key(sample.media, sample.bucket, sample.start, flip)
+                part.add(key, _Picture, sample.media, sample.bucket, sample.start, flip, sample.media)
+            if sample.controls:
+                still = Bucket(sample.bucket.width, sample.bucket.height)
+                for control in sample.controls:
+                    for flip in flips:
+                        part.add(
+                            self.media_key(control, still, None, flip), _Picture, control, still, None, flip, control
+                        )
+        return part
+
+    def _list_masks(self, part: _Part[_Picture]) -> _Part[_Picture]:
+        for sample in self.samples:
+            if sample.mask:
                 for flip in (False, True)[: 1 + sample.flip]:
-                    job = _Picture(media, bucket, start, flip, media)
-                    jobs[self.media_key(media, bucket, start, flip)] = job
-        return jobs
+                    key = self.mask_key(sample, flip)
+                    part.add(key, _Picture, sample.mask, sample.bucket, sample.start, flip, sample.media)
+        return part
 
-    def _mask_jobs(self) -> dict[str, _Picture]:
-        return {
-            self.mask_key(s, flip): _Picture(s.mask, s.bucket, s.start, flip, s.media)
-            for s in self.samples
-            if s.mask
-            for flip in (False, True)[: 1 + s.flip]
-        }
-
-    def _text_jobs(self, encoder: str) -> dict[str, _Text]:
-        jobs = {}
+    def _list_texts(self, encoder: str, part: _Part[_Text]) -> _Part[_Text]:
+        sees = encoder in self._family.text_sees_controls
         for sample in self.samples:
+            seen = sample.controls if sees else ()
             dropped = ("",) if self._uncond or sample.caption_dropout else ()
             for caption in (*sample.captions, *dropped):
-                jobs[self.text_key(encoder, caption, sample.controls)] = _Text(caption, sample.controls)
+                part.add(self.text_key(encoder, caption, seen), _Text, caption, seen)
         for caption, controls in self._further:
-            jobs[self.text_key(encoder, caption, controls)] = _Text(caption, controls)
-        return jobs
+            seen = controls if sees else ()
+            part.add(self.text_key(encoder, caption, seen), _Text, caption, seen)
+        return part
 
 
 class _Work:
     """Encoding on one device, each encoder there only while it works."""
 
     def __init__(
-        self, family: Family, device: torch.device, batch_size: int, progress: Progress, num_readers: int, again: bool
+        self, family: Family, device: torch.device, batch_size: int, readers: Executor, progress: Progress, again: bool
     ) -> None:
-        self._family, self._device, self._batch_size, self._progress = family, device, batch_size, progress
-        self._num_readers, self._again = num_readers, again
+        self._family, self._device, self._batch_size = family, device, batch_size
+        self._readers, self._progress, self._again = readers, progress, again
 
     def media(self, store: Store, jobs: dict[str, _Picture]) -> dict[str, str]:
         """Encodes pictures and clips, in batches of one bucket; what failed, with the reason."""
-        self._progress("loading the picture encoder", 0, len(jobs))
+        self._progress("loading the picture encoder", 0, 0)
         vae = self._family.load_vae(self._device)
 
-        failed = self._read_and("encoding pictures", store, jobs, self._read, partial(self._encode_media, vae, store))
-        del vae
+        groups = _groups_by(jobs, lambda job: job.bucket, self._batch_size)
+        encode = partial(self._encode_pictures, vae, store)
+        failed = self._read_and("encoding pictures", store, groups, self._reading_picture, encode)
+        del vae, encode
         self._let_go()
         return failed
 
-    def _encode_media(self, vae: Any, store: Store, group: list[tuple[str, _Picture, torch.Tensor]]) -> None:
-        pixels = torch.stack([pixels for *_, pixels in group]).to(self._device)
+    def _encode_pictures(self, vae: Any, store: Store, group: Ready[_Picture]) -> None:
+        pixels = torch.from_numpy(np.stack([pixels for _, _, (pixels,) in group])).to(self._device)
         with torch.no_grad():
             generators = [generator("posterior", key) for key, *_ in group]
-            encoded = self._family.encode_media(vae, normalised(pixels), generators)
-        for row, (key, *_) in enumerate(group):
-            store.put(key, {name: tensor[row] for name, tensor in encoded.items()})
+            encoded = self._family.encode_media(vae, pixels.float() / 127.5 - 1.0, generators)
+        _put_rows(store, group, encoded)
 
     def masks(self, store: Store, jobs: dict[str, _Picture]) -> dict[str, str]:
         """Shrinks masks to the grid of their latents; what failed, with the reason."""
+        black = {}
 
-        def keep(group: list[tuple[str, _Picture, torch.Tensor]]) -> None:
-            for key, _, mask in group:
-                store.put(key, {"mask": mask})
+        def shrink(group: Ready[_Picture]) -> None:
+            for key, job, (mask_FHW,) in group:
+                bucket = job.bucket
+                grid = self._family.latent_size(bucket.width, bucket.height, bucket.frames)
+                whole = torch.from_numpy(mask_FHW).expand(bucket.frames, -1, -1)
+                mask = mask_on_grid(whole, grid, self._family.frame_remainder == 1)
+                if mask.any():
+                    store.put(key, {"mask": mask})
+                else:
+                    black[str(job.media.source)] = "the mask is black all over, so nothing would be trained"
 
-        return self._read_and("shrinking masks", store, jobs, self._read_mask, keep)
+        groups = _groups_by(jobs, lambda job: job.bucket, 1)
+        return self._read_and("shrinking masks", store, groups, self._reading_mask, shrink) | black
 
-    def texts(self, name: str, store: Store, jobs: dict[str, _Text]) -> None:
-        """Encodes captions."""
-        self._progress(f"loading text encoder {name}", 0, len(jobs))
+    def texts(self, name: str, store: Store, jobs: dict[str, _Text]) -> dict[str, str]:
+        """Encodes captions; what could not be read for it, with the reason."""
+        self._progress(f"loading text encoder {name}", 0, 0)
         encoder = self._family.load_text_encoder(name, self._device)
-        done = 0
-        for group in _groups(list(jobs.items()), self._batch_size):
-            todo = [(key, text) for key, text in group if self._again or not store.has(key)]
-            if todo:
-                captions = [text.caption for _, text in todo]
-                with torch.no_grad():
-                    encoded = self._encode_text(name, encoder, captions, [text for _, text in todo])
-                for row, (key, _) in enumerate(todo):
-                    store.put(key, {part: tensor[row] for part, tensor in encoded.items()})
-            done += len(group)
-            self._progress(f"encoding captions ({name})", done, len(jobs))
-        del encoder
-        self._let_go()
 
-    def _encode_text(self, name: str, encoder: Any, captions: list[str], texts: Sequence[_Text]) -> Encodings:
-        if name not in self._family.text_sees_controls:
-            return self._family.encode_text(name, encoder, captions)
-        pictures = [[read_whole(c.source, CONTROL_PIXELS) for c in text.controls] for text in texts]
-        return self._family.encode_edit(name, encoder, captions, pictures)
+        groups = _groups_by(jobs, lambda job: None, self._batch_size)
+        encode = partial(self._encode_captions, name, encoder, store)
+        failed = self._read_and(f"encoding captions ({name})", store, groups, self._reading_control, encode)
+        del encoder, encode
+        self._let_go()
+        return failed
+
+    def _encode_captions(self, name: str, encoder: Any, store: Store, group: Ready[_Text]) -> None:
+        captions = [text.caption for _, text, _ in group]
+        with torch.no_grad():
+            if name in self._family.text_sees_controls:
+                controls = [[torch.from_numpy(each) for each in pixels] for *_, pixels in group]
+                encoded = self._family.encode_edit(name, encoder, captions, controls)
+            else:
+                encoded = self._family.encode_text(name, encoder, captions)
+        _put_rows(store, group, encoded)
+
+    # -- reading ahead ----------------------------------------------------------------------------------
+
+    def _reading_picture(self, job: _Picture, media: Media) -> Call:
+        if job.start is None:
+            return read_picture, media.source, job.bucket, job.flip
+        assert self._family.fps
+        return read_clip, media.source, job.bucket, self._family.fps, job.start, job.flip
+
+    def _reading_mask(self, job: _Picture, media: Media) -> Call:
+        size = job.shape.properties.width, job.shape.properties.height
+        if media.properties.seconds is None:
+            return read_mask, media.source, job.bucket, size, job.flip
+        return read_mask_clip, media.source, job.bucket, self._family.fps or 1.0, job.start or 0.0, size, job.flip
+
+    def _reading_control(self, job: _Text, media: Media) -> Call:
+        return read_whole, media.source, CONTROL_PIXELS
 
     def _read_and(
         self,
         phase: str,
         store: Store,
-        jobs: dict[str, _Picture],
-        read: Callable[[_Picture], torch.Tensor],
-        use: Callable[[list[tuple[str, _Picture, torch.Tensor]]], None],
+        groups: list[dict[str, Job]],
+        reading: Callable[[Job, Media], Call],
+        use: Callable[[Ready[Job]], None],
     ) -> dict[str, str]:
-        """Reads ahead what ``use`` gets in groups of one bucket."""
-        by_bucket: dict[Bucket, list[tuple[str, _Picture]]] = {}
-        for key, job in jobs.items():
-            by_bucket.setdefault(job.bucket, []).append((key, job))
-        groups = [group for members in by_bucket.values() for group in _groups(members, self._batch_size)]
+        """Hands each group to ``use`` with its files as read by the readers, who are some groups ahead."""
         failed: dict[str, str] = {}
-        done = 0
-
-        def attempt(entry: tuple[str, _Picture]) -> torch.Tensor | str | None:
-            if not self._again and store.has(entry[0]):  # another training was faster
-                return None
-            try:
-                return read(entry[1])
-            except UnreadableMedia as problem:
-                return str(problem)
-            except OSError as error:
-                return f"cannot be read: {error.strerror or error}"
-
-        with ThreadPoolExecutor(self._num_readers) as pool:
-            for group, found in _ahead(pool, attempt, groups, self._num_readers):
-                good = [
-                    (*entry, value)
-                    for entry, value in zip(group, found, strict=True)
-                    if isinstance(value, torch.Tensor)
-                ]
-                for (_, job), value in zip(group, found, strict=True):
-                    if isinstance(value, str):
-                        failed[str(job.media.source)] = value
-                if good:
-                    use(good)
-                done += len(group)
-                self._progress(phase, done, len(jobs))
+        done, total = 0, sum(map(len, groups))
+        for size, begun in self._ahead(store, groups, reading):
+            ready: Ready[Job] = []
+            for key, job, futures in begun:
+                results = [_outcome(future) for future in futures]
+                pixels = [result for result in results if not isinstance(result, str)]
+                if len(pixels) == len(results):
+                    ready.append((key, job, pixels))
+                pairs = zip(job.files, results, strict=True)
+                failed |= {str(media.source): result for media, result in pairs if isinstance(result, str)}
+            if ready:
+                use(ready)
+            done += size
+            self._progress(phase, done, total)
         return failed
 
-    def _read(self, job: _Picture) -> torch.Tensor:
-        if job.start is None:
-            return read_picture(job.media.source, job.bucket, job.flip)
-        assert self._family.fps
-        return read_clip(job.media.source, job.bucket, self._family.fps, job.start, job.flip)
+    def _ahead(
+        self, store: Store, groups: list[dict[str, Job]], reading: Callable[[Job, Media], Call]
+    ) -> Iterator[tuple[int, list[tuple[str, Job, list[Future[np.ndarray]]]]]]:
+        """Size of each group, and the reading of its files, begun while those before are used.
 
-    def _read_mask(self, job: _Picture) -> torch.Tensor:
-        size = job.shape.properties.width, job.shape.properties.height
-        source, bucket = job.media.source, job.bucket
-        if job.media.properties.seconds is None:
-            mask_FHW = read_mask(source, bucket, size, job.flip).expand(bucket.frames, -1, -1)
-        else:
-            mask_FHW = read_mask_clip(source, bucket, self._family.fps or 1.0, job.start or 0.0, size, job.flip)
-        grid = self._family.latent_size(bucket.width, bucket.height, bucket.frames)
-        mask = mask_on_grid(mask_FHW, grid, self._family.frame_remainder == 1)
-        if not mask.any():
-            raise UnreadableMedia("the mask is black all over, so nothing would be trained")
-        return mask
+        What another training has made meanwhile is left out.
+        """
+        waiting: deque[tuple[int, list[tuple[str, Job, list[Future[np.ndarray]]]]]] = deque()
+        following = iter(groups)
+        while True:
+            while sum(size for size, _ in waiting) < AHEAD + (waiting[0][0] if waiting else 0):
+                if not (group := next(following, None)):
+                    break
+                wanted = {key: job for key, job in group.items() if self._again or not store.has(key)}
+                begun = [
+                    (key, job, [self._readers.submit(*reading(job, media)) for media in job.files])
+                    for key, job in wanted.items()
+                ]
+                waiting.append((len(group), begun))
+            if not waiting:
+                return
+            yield waiting.popleft()
 
     def _let_go(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _put_rows(store: Store, group: Ready[Job], encoded: Encodings) -> None:
+    for row, (key, *_) in enumerate(group):
+        store.put(key, {name: tensor[row] for name, tensor in encoded.items()})
+
+
+def _outcome(future: Future[np.ndarray]) -> np.ndarray | str:
+    """The pixels, or why there are none."""
+    try:
+        return future.result()
+    except UnreadableMedia as problem:
+        return str(problem)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def mask_on_grid(mask_FHW: torch.Tensor, grid: tuple[int, int, int], first_alone: bool = True) -> torch.Tensor:
@@ -400,24 +471,14 @@ def mask_on_grid(mask_FHW: torch.Tensor, grid: tuple[int, int, int], first_alone
     return torch.cat([shrink(mask_FHW[:1], 1), shrink(mask_FHW[1:], grid[0] - 1)])
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, read: Callable[[T], Any], groups: list[list[T]], at_once: int
-) -> Iterator[tuple[list[T], list[Any]]]:
-    """Each group with what ``read`` gives for its entries, read while those before are used."""
-    waiting: deque[tuple[list[T], list[Future[Any]]]] = deque()
-    depth = 1 + max(1, -(-at_once // len(groups[0]))) if groups else 0
-    following = iter(groups)
-    while True:
-        while len(waiting) < depth and (group := next(following, None)):
-            waiting.append((group, [pool.submit(read, entry) for entry in group]))
-        if not waiting:
-            return
-        group, futures = waiting.popleft()
-        yield group, [future.result() for future in futures]
-
-
-def _groups(items: Sequence[T], size: int) -> list[list[T]]:
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+def _groups_by(jobs: dict[str, Job], kind: Callable[[Job], Hashable], size: int) -> list[dict[str, Job]]:
+    """The jobs in groups of one kind and at most so many."""
+    by_kind: dict[Hashable, list[tuple[str, Job]]] = {}
+    for key, job in jobs.items():
+        by_kind.setdefault(kind(job), []).append((key, job))
+    return [
+        dict(members[start : start + size]) for members in by_kind.values() for start in range(0, len(members), size)
+    ]
 
 
 def _key(*parts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,26 +58,28 @@ class Report:
 
     def add(self, media: Media, buckets: Sequence[Bucket]) -> None:
         """Counts a picture or video that is trained in ``buckets``."""
-        path, found = printable(str(media.source)), media.properties
+        path, found = str(media.source), media.properties
         self.videos += found.seconds is not None
         self.pictures += found.seconds is None
         first = self._first.setdefault(media.digest, path)
         if first != path:
-            self.duplicates[path] = first
+            self.duplicates[printable(path)] = printable(first)
         self.upscaled += any(found.width < b.width or found.height < b.height for b in buckets)
 
     def count(self, samples: Sequence[Sample]) -> None:
         """Counts the samples by bucket."""
         self.samples, self.buckets, self.masks, self.controls = len(samples), {}, 0, 0
+        sizes: Counter[tuple[int, int, Bucket]] = Counter()
         for sample in samples:
-            found, bucket = sample.media.properties, sample.bucket
-            entry = self.buckets.setdefault(str(bucket), BucketReport())
-            left, top, right, bottom = crop_box(found.width, found.height, bucket)
-            entry.samples += 1
-            entry.upscaled += found.width < bucket.width or found.height < bucket.height
-            entry.cropped += 1 - (right - left) * (bottom - top) / (found.width * found.height)
+            sizes[(sample.media.properties.width, sample.media.properties.height, sample.bucket)] += 1
             self.masks += sample.mask is not None
             self.controls += len(sample.controls)
+        for (width, height, bucket), count in sizes.items():
+            entry = self.buckets.setdefault(str(bucket), BucketReport())
+            left, top, right, bottom = crop_box(width, height, bucket)
+            entry.samples += count
+            entry.upscaled += count * (width < bucket.width or height < bucket.height)
+            entry.cropped += count * (1 - (right - left) * (bottom - top) / (width * height))
         for entry in self.buckets.values():
             entry.cropped = round(entry.cropped / entry.samples, 4)
 

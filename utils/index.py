@@ -9,14 +9,14 @@ import os
 import sqlite3
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .media import Properties, Source, UnreadableMedia, picture_properties
+from .readers import ReaderDied
 from .video import SUFFIXES as VIDEO_SUFFIXES
 from .video import video_properties
 
@@ -33,10 +33,15 @@ SETTLED = 2_000_000_000
 """Nanoseconds after which a file's times are sure to differ when it is written again."""
 BATCH = 2000
 """Files after which what was learnt is kept, should the process be ended."""
+AT_ONCE = 16
+"""Files of one call of a reader."""
+UNREAD = "cannot be read"
+"""How reasons begin that may not hold next time."""
+Found = tuple[str, int, int, float | None, str | None]
+"""Digest, width, height, seconds and problem of a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Media:
+class Media(NamedTuple):
     """A readable picture or video."""
 
     source: Source
@@ -48,9 +53,10 @@ class Media:
 class Index:
     """A database of files by folder and name. Several processes may use one at a time."""
 
-    def __init__(self, path: Path, forget: bool = False) -> None:
+    def __init__(self, path: Path, readers: Executor, forget: bool = False) -> None:
+        """``readers`` look into files; ``forget``: as if nothing were known yet."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._forget = forget
+        self._readers, self._forget = readers, forget
         try:
             self._db = _connect(path)
         except sqlite3.DatabaseError as error:
@@ -63,48 +69,72 @@ class Index:
 
     def media(
         self, folder: str, sources: Iterable[tuple[Source, Stamp]], progress: Progress = lambda *_: None
-    ) -> Iterator[tuple[Source, Media | str]]:
+    ) -> dict[Source, Media | str]:
         """Each source of ``folder`` as `Media`, or why it is none; reads the new and changed ones."""
         known = {} if self._forget else self._known("media", folder)
-        entries, fresh = list(sources), 0
-        new = sum(_name(source, folder) not in known for source, _ in entries)
+        rows: dict[Source, tuple[Any, ...] | None] = {}
+        new = []
+        for source, stamp in sources:
+            row = known.get(_name(source, folder))
+            rows[source] = row if row and row[1:4] == stamp else None
+            if rows[source] is None:
+                new.append((source, stamp))
+        rows.update(self._looked_into(folder, new, progress))
+        return {source: _media(source, row) for source, row in rows.items() if row}
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(entries), BATCH):
-                part = entries[start : start + BATCH]
-                rows = [known.get(_name(source, folder)) for source, _ in part]
-                waiting = {
-                    source: pool.submit(_examine, source)
-                    for (source, stamp), row in zip(part, rows, strict=True)
-                    if row is None or row[:3] != stamp
-                }
-                learnt = []
-                for (source, stamp), row in zip(part, rows, strict=True):
-                    if source in waiting:
-                        row = (*stamp, *waiting[source].result())
-                        fresh += 1
-                        if _settled(stamp) and not str(row[7]).startswith("cannot be read"):
-                            learnt.append((_storable(folder), _name(source, folder), *row))
-                        if fresh % 500 == 0:
-                            progress("reading new files", fresh, max(new, fresh))
-                    assert row is not None
-                    digest, width, height, seconds, problem = row[3:]
-                    yield source, problem or Media(source, digest, Properties(width, height, seconds))
+    def _looked_into(
+        self, folder: str, new: Sequence[tuple[Source, Stamp]], progress: Progress
+    ) -> Iterator[tuple[Source, tuple[Any, ...]]]:
+        """Rows for files that are not known; kept, except where another look may say something else."""
+        parts = [new[start : start + AT_ONCE] for start in range(0, len(new), AT_ONCE)]
+        waiting = [self._readers.submit(examine, [source for source, _ in part]) for part in parts]
+        learnt: list[tuple[Any, ...]] = []
+        done = 0
+        for part, future in zip(parts, waiting, strict=True):
+            for (source, stamp), found in zip(part, self._result(part, future), strict=True):
+                row = (_name(source, folder), *stamp, *found)
+                if _settled(stamp) and not str(row[-1]).startswith(UNREAD):
+                    learnt.append((_storable(folder), *row))
+                yield source, row
+            done += len(part)
+            if len(learnt) >= BATCH or done == len(new):
                 self._keep("media", learnt)
+                learnt = []
+            progress("reading new files", done, len(new))
+
+    def _result(self, part: Sequence[tuple[Source, Stamp]], future: Future[list[Found]]) -> list[Found]:
+        """What was found in each file; which one a process died of is found out one by one."""
+        found = []
+        try:
+            return future.result()
+        except ReaderDied:
+            for source, _ in part:
+                try:
+                    found += self._readers.submit(examine, [source]).result()
+                except ReaderDied as error:
+                    found.append(_problem(f"{UNREAD}: {error}"))
+        return found
 
     def texts(
         self, folder: str, files: Iterable[tuple[str, Stamp]], read: Callable[[str], str]
     ) -> Iterator[tuple[str, str]]:
-        """The path and text of each file of ``folder``, by ``read`` where it is new or has changed."""
+        """The path and text of each file of ``folder``, by ``read`` where it is new or has changed.
+
+        Where there is none: NUL and the reason.
+        """
         known = {} if self._forget else self._known("texts", folder)
         rows: list[tuple[Any, ...]] = []
         for path, stamp in files:
-            name = _name(Source(path), folder)
+            name = _storable(path.removeprefix(folder))
             row = known.get(name)
-            if row and tuple(row[:3]) == stamp:
-                yield path, row[3]
+            if row and row[1:4] == stamp:
+                yield path, row[4]
                 continue
-            text = read(path)
+            try:
+                text = read(path)
+            except OSError as error:
+                yield path, f"\0its caption {UNREAD}: {error.strerror or error}"
+                continue
             if _settled(stamp):
                 rows.append((_storable(folder), name, *stamp, text))
             yield path, text
@@ -115,8 +145,13 @@ class Index:
         self._db.close()
 
     def _known(self, table: str, folder: str) -> dict[bytes, tuple[Any, ...]]:
-        rows = self._db.execute(f"SELECT * FROM {table} WHERE folder = ?", (_storable(folder),))
-        return {row[1]: row[2:] for row in rows}
+        columns = {"media": "digest, width, height, seconds, problem", "texts": "text"}[table]
+        return {
+            row[0]: row
+            for row in self._db.execute(
+                f"SELECT name, size, mtime_ns, ctime_ns, {columns} FROM {table} WHERE folder = ?", (_storable(folder),)
+            )
+        }
 
     def _keep(self, table: str, rows: list[tuple[Any, ...]]) -> None:
         if rows:
@@ -165,17 +200,30 @@ def _connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _examine(source: Source) -> list[Any]:
-    """Digest, width, height, seconds and problem."""
+def examine(sources: Sequence[Source]) -> list[Found]:
+    """What is in each file; runs in a reader's process."""
+    return [_examine(source) for source in sources]
+
+
+def _examine(source: Source) -> Found:
     is_video = os.path.splitext(source.name)[1].lower() in VIDEO_SUFFIXES
     try:
         digest = _digest(source, is_video)
         found = video_properties(source) if is_video else picture_properties(source)
-        return [digest, found.width, found.height, found.seconds, None]
+        return digest, found.width, found.height, found.seconds, None
     except OSError as error:
-        return ["", 0, 0, None, f"cannot be read: {error.strerror or error}"]
+        return _problem(f"{UNREAD}: {error.strerror or error}")
     except UnreadableMedia as problem:
-        return ["", 0, 0, None, str(problem)]
+        return _problem(str(problem))
+
+
+def _problem(reason: str) -> Found:
+    return "", 0, 0, None, reason
+
+
+def _media(source: Source, row: tuple[Any, ...]) -> Media | str:
+    digest, width, height, seconds, problem = row[4:]
+    return problem or Media(source, digest, Properties(width, height, seconds))
 
 
 def _digest(source: Source, is_video: bool) -> str:
@@ -204,4 +252,4 @@ def _name(source: Source, folder: str) -> bytes:
 
 def _storable(text: str) -> bytes:
     """SQLite takes no text that is not UTF-8; names of files may be such."""
-    return os.fsencode(text)
+    return text.encode("utf-8", "surrogateescape")

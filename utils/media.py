@@ -1,6 +1,7 @@
 """Reading pictures and masks: every format becomes pixels of one size. Videos are in `video`.
 
-Shape legend: C channels, F frames (1 for pictures), H W pixels.
+Without torch, as this is what the processes of `readers` load. Shape legend: C channels, F frames (1 for
+pictures), H W pixels.
 """
 
 from __future__ import annotations
@@ -8,11 +9,9 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from .buckets import Bucket
@@ -36,8 +35,7 @@ class UnreadableMedia(Exception):
     """A file that holds no usable picture or video; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Where a picture or video lies: a file, or a stretch of an uncompressed archive."""
 
     path: str
@@ -67,8 +65,7 @@ class Source:
             return io.BytesIO(archive.read(self.length))
 
 
-@dataclass(frozen=True, slots=True)
-class Properties:
+class Properties(NamedTuple):
     """What a file's head says."""
 
     width: int
@@ -107,16 +104,16 @@ def refuse_tiny(width: int, height: int) -> None:
         raise UnreadableMedia(f"only {width}x{height} pixels; a side needs at least {SMALLEST_SIDE}")
 
 
-def read_picture(source: Source, bucket: Bucket, flip: bool = False) -> torch.Tensor:
+def read_picture(source: Source, bucket: Bucket, flip: bool = False) -> np.ndarray:
     """Pixels as CFHW, uint8, resized to fill ``bucket`` and cropped around the centre.
 
     Raises:
         UnreadableMedia: It cannot be decoded.
     """
-    return as_tensor([fitted(_decoded(source), bucket, flip)])
+    return as_array([fitted(_decoded(source), bucket, flip)])
 
 
-def read_whole(source: Source, most: int) -> torch.Tensor:
+def read_whole(source: Source, most: int) -> np.ndarray:
     """Pixels as CHW, uint8, in the picture's own shape, made smaller where it has more than ``most`` pixels.
 
     Raises:
@@ -125,10 +122,10 @@ def read_whole(source: Source, most: int) -> torch.Tensor:
     image = _decoded(source)
     scale = min(1.0, (most / (image.width * image.height)) ** 0.5)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return as_tensor([image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)])[:, 0]
+    return as_array([image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)])[:, 0]
 
 
-def read_mask(source: Source, bucket: Bucket, size: tuple[int, int], flip: bool = False) -> torch.Tensor:
+def read_mask(source: Source, bucket: Bucket, size: tuple[int, int], flip: bool = False) -> np.ndarray:
     """The red channel as FHW, uint8, cropped as the picture of width and height ``size`` is.
 
     Raises:
@@ -137,7 +134,7 @@ def read_mask(source: Source, bucket: Bucket, size: tuple[int, int], flip: bool 
     return red([_decoded(source, keep_alpha=True)], bucket, size, flip)
 
 
-def red(frames: Sequence[Image.Image], bucket: Bucket, size: tuple[int, int], flip: bool) -> torch.Tensor:
+def red(frames: Sequence[Image.Image], bucket: Bucket, size: tuple[int, int], flip: bool) -> np.ndarray:
     """The red channel of masks as FHW, uint8; see `read_mask`."""
     box, (width, height) = crop_box(*size, bucket), size
     channels = []
@@ -147,7 +144,7 @@ def red(frames: Sequence[Image.Image], bucket: Bucket, size: tuple[int, int], fl
         channel = frame.convert("RGB").getchannel("R")
         channel = channel.resize((bucket.width, bucket.height), Image.Resampling.BILINEAR, box=own)
         channels.append(np.asarray(ImageOps.mirror(channel) if flip else channel))
-    return torch.from_numpy(np.stack(channels))
+    return np.stack(channels)
 
 
 def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
@@ -165,26 +162,22 @@ def fitted(image: Image.Image, bucket: Bucket, flip: bool = False) -> Image.Imag
     return ImageOps.mirror(image) if flip else image
 
 
-def as_tensor(frames: Sequence[Image.Image]) -> torch.Tensor:
+def as_array(frames: Sequence[Image.Image]) -> np.ndarray:
     """RGB pictures of one size as CFHW, uint8."""
-    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(3, 0, 1, 2).contiguous()
-
-
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels as float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1.0
+    return np.ascontiguousarray(np.stack([np.asarray(frame) for frame in frames]).transpose(3, 0, 1, 2))
 
 
 def _decoded(source: Source, keep_alpha: bool = False) -> Image.Image:
     """Upright; on white where it is transparent, unless ``keep_alpha``: a mask's colours count, not its alpha."""
-    try:
-        with source.open() as file, _opened(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            return _levelled(upright).convert("RGB") if keep_alpha else _to_rgb(upright)
-    except UnreadableMedia:
-        raise
-    except Exception as error:  # Pillow's decoders raise anything on damaged bytes
-        raise UnreadableMedia(f"cannot be decoded: {_reason(error)}") from error
+    with source.open() as file:
+        try:
+            with _opened(file) as image:
+                upright = ImageOps.exif_transpose(image)
+                return _levelled(upright).convert("RGB") if keep_alpha else _to_rgb(upright)
+        except UnreadableMedia:
+            raise
+        except Exception as error:  # Pillow's decoders raise anything on damaged bytes
+            raise UnreadableMedia(f"cannot be decoded: {_reason(error)}") from error
 
 
 def _opened(file: BinaryIO) -> Image.Image:

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image, ImageDraw
 
 from .buckets import Bucket
@@ -98,26 +98,26 @@ def _pictures(sample: Sample, fps: float | None) -> list[Image.Image]:
     return pictures + [_image(_read(control, still, None, fps)[:, 0]) for control in sample.controls]
 
 
-def _read(media: Media, bucket: Bucket, start: float | None, fps: float | None) -> torch.Tensor:
+def _read(media: Media, bucket: Bucket, start: float | None, fps: float | None) -> np.ndarray:
     if start is None:
         return read_picture(media.source, bucket)
     return read_clip(media.source, bucket, fps or 1.0, start)
 
 
-def _mask(sample: Sample, mask: Media, fps: float | None) -> torch.Tensor:
+def _mask(sample: Sample, mask: Media, fps: float | None) -> np.ndarray:
     size = sample.media.properties.width, sample.media.properties.height
     if mask.properties.seconds is None:
         return read_mask(mask.source, sample.bucket, size)
     return read_mask_clip(mask.source, sample.bucket, fps or 1.0, sample.start or 0.0, size)
 
 
-def _tinted(picture: Image.Image, mask_HW: torch.Tensor) -> Image.Image:
+def _tinted(picture: Image.Image, mask_HW: np.ndarray) -> Image.Image:
     covered = Image.blend(picture, Image.new("RGB", picture.size, UNTRAINED), 0.5)
-    return Image.composite(picture, covered, Image.fromarray(mask_HW.numpy()))
+    return Image.composite(picture, covered, Image.fromarray(mask_HW))
 
 
-def _image(pixels_CHW: torch.Tensor) -> Image.Image:
-    return Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy())
+def _image(pixels_CHW: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels_CHW.transpose(1, 2, 0)))
 
 
 def _small(picture: Image.Image) -> Image.Image:

@@ -96,26 +96,22 @@ def _opened(media: Media) -> Image.Image:
         raise SettingsError(f"sample.images: '{media.source.path}' cannot be read ({error})") from None
 
 
-def find_images(settings: Sampling, index_file: Path) -> list[Media]:
+def find_images(settings: Sampling, index: Index) -> list[Media]:
     """The pictures of the settings.
 
     Raises:
         SettingsError: One is missing or cannot be read.
     """
     found = []
-    index = Index(index_file)
-    try:
-        for path in settings.images:
-            file = os.path.abspath(os.path.expanduser(path))
-            if not os.path.isfile(file):
-                raise SettingsError(f"sample.images: '{path}' is not a file; give a picture")
-            entry = (Source(file), stamp_of(os.stat(file)))
-            for _, media in index.media(os.path.dirname(file), [entry]):
-                if isinstance(media, str):
-                    raise SettingsError(f"sample.images: '{path}': {media}")
-                found.append(media)
-    finally:
-        index.close()
+    for path in settings.images:
+        file = os.path.abspath(os.path.expanduser(path))
+        if not os.path.isfile(file):
+            raise SettingsError(f"sample.images: '{path}' is not a file; give a picture")
+        source = Source(file)
+        media = index.media(os.path.dirname(file), [(source, stamp_of(os.stat(file)))])[source]
+        if isinstance(media, str):
+            raise SettingsError(f"sample.images: '{path}': {media}")
+        found.append(media)
     return found
 
 

@@ -33,6 +33,15 @@ class FusedAdapter(Table):
     path: str = option(..., "A .safetensors file, or a folder that holds one.", picker="loras")
     weight: float = option(1.0, "Its strength.", step=0.05)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """``a.safetensors * 0.8``, or the file alone."""
+        if not isinstance(value, str):
+            return value
+        path, star, weight = value.rpartition(" * ")
+        return {"path": path.strip(), "weight": weight.strip()} if star else {"path": value}
+
 
 class AdapterTable(Table):
     """What every kind of adapter has."""
@@ -75,7 +84,11 @@ class AdapterTable(Table):
         None, "An adapter to start from: a .safetensors file or a folder that holds one.", picker="loras"
     )
     fuse_adapters: list[FusedAdapter] = option(
-        [], "Adapters that are added to the base before training: [{path = ..., weight = 1.0}].", advanced=True
+        [],
+        "Adapters that are added to the base before training: tables with path and weight, or lines such as "
+        "style.safetensors * 0.8.",
+        lines=True,
+        advanced=True,
     )
 
     @property
@@ -311,13 +324,13 @@ class TrainSettings(Table):
     train_only: list[str] | None = option(
         None,
         "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     freeze: list[str] | None = option(
         None,
         "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     learning_rates: dict[str, float] = option(
@@ -481,7 +494,11 @@ class TrainSettings(Table):
         None, "Where encoded pictures and captions are kept. Left out: 'cache' in output_dir.", advanced=True
     )
     map_num_proc: int | None = option(
-        None, "Threads that read pictures while caching. Left out: automatic.", ge=1, step=1, advanced=True
+        None,
+        "Processes of each GPU that read pictures while caching. Left out: up to eight, as there are cores.",
+        ge=1,
+        step=1,
+        advanced=True,
     )
     video_clip_mode: Literal["none", "single_beginning", "single_middle", "multiple_overlapping"] = option(
         "none", "Which part of a video that is longer than its frame bucket is trained."
@@ -623,6 +640,11 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
+            problems.append(
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
         if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
             problems.append(
                 f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,16 +33,26 @@ class Store:
         """Where the value of ``key`` is or will be."""
         return self._folder / key[:2] / f"{key}{SUFFIX}"
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each value that there is; an empty file is none."""
+    def sizes(self, sweep: bool = False) -> dict[str, int]:
+        """Bytes of each value that there is; an empty file is none.
+
+        Args:
+            sweep: Also remove what processes left unfinished that are no more.
+        """
         found = {}
         for sub in _folders(self._folder):
             with os.scandir(sub) as entries:
                 for entry in entries:
-                    if entry.name.endswith(SUFFIX):
-                        with suppress(FileNotFoundError):  # removed meanwhile
-                            found[entry.name.removesuffix(SUFFIX)] = entry.stat().st_size
-        return {key: size for key, size in found.items() if size}
+                    name = entry.name
+                    try:
+                        if name.endswith(SUFFIX):
+                            if size := entry.stat().st_size:
+                                found[name[: -len(SUFFIX)]] = size
+                        elif sweep and name.endswith(".tmp") and _abandoned(entry):
+                            os.unlink(entry)
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+        return found
 
     def has(self, key: str) -> bool:
         """Whether there is a value of ``key``."""
@@ -89,14 +98,6 @@ class Store:
             return None
         return tensors
 
-    def sweep(self) -> None:
-        """Removes what processes left unfinished that are no more."""
-        for sub in _folders(self._folder):
-            for path in Path(sub).glob(".*.tmp"):
-                with suppress(FileNotFoundError):
-                    if _abandoned(path):
-                        path.unlink()
-
     def prune(self, used: set[str], min_age: float) -> tuple[int, int]:
         """Removes the values whose keys are not in ``used`` and that are older than so many seconds.
 
@@ -104,7 +105,7 @@ class Store:
             How many, and how many bytes.
         """
         count = freed = 0
-        for key, size in self.sizes().items():
+        for key, size in self.sizes(sweep=True).items():
             if key not in used and time.time() - self.path(key).stat().st_mtime >= min_age:
                 self.path(key).unlink(missing_ok=True)
                 count, freed = count + 1, freed + size
@@ -121,7 +122,7 @@ class Uses:
         """Keeps what ``name`` uses now, in place of what it used before."""
         self._folder.mkdir(parents=True, exist_ok=True)
         temporary = self._folder / f".{name}-{os.getpid()}.tmp"
-        temporary.write_text("\n".join(sorted(keys)), "utf-8")
+        temporary.write_text("\n".join(keys), "utf-8")
         os.replace(temporary, self._folder / name)
 
     def keys(self, days: float) -> set[str]:
@@ -147,18 +148,17 @@ def prune(cache: Path, days: float, min_age: float = 6 * 3600) -> tuple[int, int
         for folder in _folders(Path(family)):
             if folder.name == "media" or folder.name.startswith(("text-", "mask")):
                 store = Store(Path(folder))
-                store.sweep()
                 removed, freed = store.prune(used, min_age)
                 count, size = count + removed, size + freed
     return count, size
 
 
-def _abandoned(path: Path) -> bool:
-    owner = path.name.removesuffix(".tmp").split("-", 1)[-1].rsplit("-", 2)
+def _abandoned(entry: os.DirEntry[str]) -> bool:
+    owner = entry.name.removesuffix(".tmp").split("-", 1)[-1].rsplit("-", 2)
     if len(owner) == 3 and owner[0] == socket.gethostname():
         pid = int(owner[1])
         return pid == os.getpid() or not psutil.pid_exists(pid)
-    return time.time() - path.stat().st_mtime > STALE
+    return time.time() - entry.stat().st_mtime > STALE
 
 
 def _folders(root: Path) -> list[os.DirEntry[str]]:

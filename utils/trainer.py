@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..models.base import Layer
-from . import attention, preview, resuming
+from ..models.base import Layer, ModelConfig
+from . import attention, resuming, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
 from .buckets import Bucket
-from .cache import Cache
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .checkpointing import Checkpointing
-from .config import SettingsError, write_toml, write_whole
+from .config import SettingsError, write_toml
 from .control import Control, Stopped
-from .dataset import Sample, recall, remember, scan, scan_name
-from .dataset_report import Report
 from .ema import Ema
 from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
-from .index import Index, Media
 from .live import Live, Stages, owners_of
 from .loader import Loader
 from .loop import Loop
@@ -41,27 +34,15 @@ from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
 from .pipeline import Chain, Engine, build_engine, partition
 from .position import Position
+from .preparation import Data, Preparation
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
-from .samples import Previews, Prompt, find_images, prompts_of, requests_of
+from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
-from .sources import printable
 from .trained import Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Data:
-    """What a run trains on and what it is looked at with, encoded."""
-
-    train: Cache
-    eval_sets: dict[str, Cache]
-    embeddings: dict[Prompt, dict[str, torch.Tensor]]
-    """Of what is drawn."""
-    images: list[Media]
-    """What drawing starts from."""
 
 
 class Trainer:
@@ -76,7 +57,9 @@ class Trainer:
         status = folder.read_status() if resume else Status()
         status.state, status.error, status.epochs = "starting", None, settings.epochs
         self.control = Control(world, folder, status)
-        self._eval_sets = read_sets(settings)
+        self.preparation = Preparation(
+            settings, dataset, read_sets(settings), self.family, world, folder, self.control, self._global_batch
+        )
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -105,9 +88,10 @@ class Trainer:
         s = self.settings
         self.family.check_files()
         if s.dump_dataset:
-            self._dump_dataset(Path(s.dump_dataset).expanduser())
+            self.preparation.dump(Path(s.dump_dataset).expanduser())
+            self.control.say(state="finished", phase="")
             return
-        data = self._prepare_data()
+        data = self.preparation.run()
         cache = data.train
         if s.cache_only:
             logger.info("the cache is complete, and cache_only is on: done")
@@ -179,105 +163,11 @@ class Trainer:
         evaluation = Evaluation(data.eval_sets, self.family, s, self.world, engine)
         return Observation(s, self.family, self.world, self.folder, self.control, evaluation, previews, trained)
 
-    def _prepare_data(self) -> Data:
-        s = self.settings
-        folder = Path(s.cache_dir or Path(s.output_dir) / "cache").expanduser()
-        self.control.say(state="caching", phase="looking through the dataset")
-        found: Any = None
-        if self.world.rank == 0:
-            try:
-                found = self._scan_all(folder)
-            except (SettingsError, OSError, Stopped) as error:
-                found = error
-        samples, report, eval_samples, images = self.world.share(found)
-        prompts = prompts_of(s.sample, images)
-        everything = [*samples, *(sample for part in eval_samples.values() for sample in part)]
-        cache = Cache(folder, self.family, everything, s.uncond_fraction > 0, [(p.text, p.images) for p in prompts])
-        failed = cache.fill(
-            self.world.device,
-            s.caching_batch_size,
-            self.control.progress,
-            self.world.rank,
-            self.world.size,
-            self.world.barrier,
-            regenerate=s.regenerate_cache,
-            num_readers=s.map_num_proc,
-        )
-        unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
-        train = cache.part(_without(samples, unreadable, "dataset"))
-        if self.world.rank == 0:
-            self._report_data(train, report, unreadable)
-        eval_sets = {
-            name: cache.part(_without(part, unreadable, f"eval_datasets: {name}"))
-            for name, part in eval_samples.items()
-        }
-        embeddings = {prompt: cache.text(prompt.text, prompt.images) for prompt in prompts}
-        return Data(train, eval_sets, embeddings, images)
-
-    def _scan_all(self, folder: Path) -> tuple[list[Sample], Report, dict[str, list[Sample]], list[Media]]:
-        """Samples of the dataset with the report on them, of the eval sets, and the pictures that drawing starts
-        from."""
-        samples, report = self._scan(folder, self.dataset)
-        eval_samples = {}
-        for name, settings in self._eval_sets.items():
-            try:
-                eval_samples[name], other = self._scan(folder, settings)
-            except SettingsError as error:
-                raise SettingsError(f"eval_datasets: {name}: {error}") from None
-            logger.info("eval set %s: %d samples, %d left out", name, len(eval_samples[name]), len(other.left_out))
-        return samples, report, eval_samples, find_images(self.settings.sample, folder / "index.sqlite")
-
-    def _dump_dataset(self, target: Path) -> None:
-        """Writes up to 100 samples, of all buckets alike, as the model will see them."""
-        if self.world.rank == 0:
-            samples, report = self._scan(
-                Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache"), self.dataset
-            )
-            report.count(samples)
-            report.log()
-            count = preview.dump(preview.choose(samples, 100, self.settings.seed), target, self.family.fps)
-            logger.info("%d samples were written to '%s', because dump_dataset is set: done", count, target)
-        self.world.barrier()
-        self.control.say(state="finished", phase="")
-
-    def _scan(self, folder: Path, dataset: DatasetSettings) -> tuple[list[Sample], Report]:
-        s = self.settings
-        last = folder / "scans" / f"{scan_name(dataset, self.family, s.video_clip_mode)}.jsonl"
-        samples = recall(last) if s.trust_cache else None
-        if samples is not None:
-            logger.info("dataset: %d samples as found last time, because trust_cache is on", len(samples))
-            report = Report()
-            report.count(samples)
-            return samples, report
-        index = Index(folder / "index.sqlite", forget=s.regenerate_cache)
-        try:
-            samples, report = scan(dataset, index, self.family, s.video_clip_mode, self.control.progress)
-        finally:
-            index.close()
-        remember(last, samples)
-        return samples, report
-
-    def _report_data(self, cache: Cache, report: Report, unreadable: dict[str, str]) -> None:
-        s = self.settings
-        report.left_out |= {printable(path): reason for path, reason in unreadable.items()}
-        report.count(cache.samples)
-        sampler = Sampler(cache.samples, self._global_batch, s.seed)
-        report.steps_per_epoch = sampler.num_steps(0)
-        report.total_steps = min(sampler.total_steps(s.epochs), s.max_steps or sys.maxsize)
-        report.cache_bytes = cache.note_use(scan_name(self.dataset, self.family, s.video_clip_mode))
-        report.log()
-        logger.info(
-            "cache: %s for this dataset in %s",
-            f"{report.cache_bytes / 2**20:.0f} MiB",
-            s.cache_dir or "output_dir/cache",
-        )
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-        write_whole(self.folder.path / "dataset_report.json", text)
-
     def _build(self) -> tuple[Engine, Trained, Exporter, Live]:
         s = self.settings
         self.control.say(phase="loading the model")
         attention.choose(s.attention_backend, self.world.device)
+        storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
         self._model = resuming.model_identity(self.family, denoiser)
         layers = self.family.layers(denoiser)
@@ -355,7 +245,7 @@ class Trainer:
             return
         fused = [(Path(entry.path).expanduser(), entry.weight) for entry in s.adapter.fuse_adapters]
         fuse(denoiser, self.family, fused, "adapter.fuse_adapters")
-        inject(denoiser, self.family, s.adapter, s.seed)
+        inject(denoiser, self.family, s.adapter, s.seed, rates)
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
@@ -376,25 +266,27 @@ def _parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
     return {parameter for layer in layers for m in layer.submodules.values() for parameter in m.parameters()}
 
 
+def _can_multiply(model: ModelConfig, device: torch.device) -> bool:
+    """Whether the matmuls shall run in the precision of the stored weights.
+
+    Raises:
+        SettingsError: This GPU cannot.
+    """
+    is_float8 = model.quantized_matmul and model.transformer_dtype != "int8"
+    if is_float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise SettingsError(
+            "model.quantized_matmul: this GPU has no float8 arithmetic (RTX 40 and newer have); use "
+            "transformer_dtype = 'int8' or switch it off"
+        )
+    return model.quantized_matmul
+
+
 def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: RunFolder) -> None:
     """Puts both TOMLs, as used, into the run folder."""
     write_toml(folder.dataset_toml, as_toml(dataset))
     sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
     tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
     write_toml(folder.train_toml, tables)
-
-
-def _without(samples: Sequence[Sample], unreadable: Mapping[str, str], what: str) -> list[Sample]:
-    """The samples that need no unreadable file.
-
-    Raises:
-        SettingsError: None is left.
-    """
-    kept = [s for s in samples if not unreadable or not any(str(media.source) in unreadable for media in s.files)]
-    if not kept:
-        reasons = "; ".join(f"{printable(path)}: {reason}" for path, reason in unreadable.items())
-        raise SettingsError(f"{what}: no picture could be decoded: {reasons}")
-    return kept
 
 
 def _describe(error: BaseException) -> str:

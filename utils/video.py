@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
-import torch
+import numpy as np
 from PIL import Image
 
 from .buckets import Bucket
 from .imports import lazy
-from .media import Properties, Source, UnreadableMedia, as_tensor, fitted, red, refuse_tiny
+from .media import Properties, Source, UnreadableMedia, as_array, fitted, red, refuse_tiny
 
 if TYPE_CHECKING:
     import av
@@ -76,7 +76,7 @@ def clip_starts(seconds: float, fps: float, length: int, mode: ClipMode) -> list
     return [0.0]
 
 
-def read_clip(source: Source, bucket: Bucket, fps: float, start: float, flip: bool = False) -> torch.Tensor:
+def read_clip(source: Source, bucket: Bucket, fps: float, start: float, flip: bool = False) -> np.ndarray:
     """Pixels of ``bucket.frames`` frames from ``start`` seconds on, as CFHW, uint8.
 
     Each frame is the one that is shown at its time, ``1 / fps`` seconds after the one before.
@@ -85,12 +85,12 @@ def read_clip(source: Source, bucket: Bucket, fps: float, start: float, flip: bo
         UnreadableMedia: It cannot be decoded, or ends before.
     """
     with _reading(source) as container:
-        return as_tensor([fitted(frame, bucket, flip) for frame in _frames(container, bucket.frames, fps, start)])
+        return as_array([fitted(frame, bucket, flip) for frame in _frames(container, bucket.frames, fps, start)])
 
 
 def read_mask_clip(
     source: Source, bucket: Bucket, fps: float, start: float, size: tuple[int, int], flip: bool = False
-) -> torch.Tensor:
+) -> np.ndarray:
     """The red channel of the same frames as FHW, uint8, cropped as the video of width and height ``size`` is.
 
     Raises:
@@ -102,13 +102,14 @@ def read_mask_clip(
 
 @contextmanager
 def _reading(source: Source) -> Iterator[av.container.InputContainer]:
-    try:
-        with source.open() as file, av.open(file, mode="r", options=_OPTIONS) as container:
-            yield container
-    except (UnreadableMedia, GeneratorExit):
-        raise
-    except Exception as error:  # ffmpeg's errors have no common class below this one
-        raise UnreadableMedia(f"not a readable video: {getattr(error, 'strerror', None) or error}") from error
+    with source.open() as file:
+        try:
+            with av.open(file, mode="r", options=_OPTIONS) as container:
+                yield container
+        except (UnreadableMedia, GeneratorExit):
+            raise
+        except Exception as error:  # ffmpeg's errors have no common class below this one
+            raise UnreadableMedia(f"not a readable video: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream:

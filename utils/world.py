@@ -78,15 +78,16 @@ def join_world() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:  # ranks share the cores instead of each starting a thread on all of them
-        torch.set_num_threads(
-            max(
-                1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            )
-        )
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_local()))
     # Caching and loading may take an hour on one rank while the others wait.
     deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def num_local() -> int:
+    """How many of the run's processes are on this machine."""
+    return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _free_port() -> int:
