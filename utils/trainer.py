@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import Layer, ModelConfig
-from . import attention, storage
+from . import attention, resuming, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
@@ -33,14 +32,15 @@ from .metrics import Curves
 from .observation import Observation
 from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
-from .pipeline import Chain, Engine, build_engine, partition
+from .pipeline import Chain, Engine, Link, build_engine, partition
 from .position import Position
 from .preparation import Data, Preparation
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
-from .trained import Trained
+from .sharding import ShardedTrained, Sharding
+from .trained import Share, Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -100,22 +100,19 @@ class Trainer:
             return
         engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
-        total = sampler.total_steps(s.epochs)
-        total = min(total, s.max_steps or total)
+        about = resuming.identity(s, self._model, cache.samples, sampler)
         position = Position()
         if self._resume:
             progress = load_checkpoint(
                 newest_checkpoint(self.folder),
                 trained,
+                lambda found: resuming.refuse_changed(found, about, s),
                 optimizer_state=not s.reset_optimizer,
                 optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
             )
-            _refuse_changed(progress, s, len(cache.samples))
-            position = Position(**progress["position"])
-            if s.reset_dataloader:
-                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
-                position.step_in_epoch, position.epoch_loss = 0, 0.0
+            position = resuming.go_on(progress, about, s)
             logger.info("resumed after step %d", position.step)
+        total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
         loader = Loader(
             cache,
             self.family,
@@ -145,7 +142,7 @@ class Trainer:
             self._observation(data, engine, live, trained),
             position,
             total,
-            len(cache.samples),
+            about,
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
@@ -173,19 +170,26 @@ class Trainer:
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
+        self._model = resuming.model_identity(self.family, denoiser)
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
-        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        self._adapt(denoiser, rates)
-        layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
-        names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        sharding = None
+        swap = None
+        links: Sequence[Layer | Link]
+        if s.zero_stage >= 2:
+            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
+            links = self._share_out(sharding, denoiser, layers, rates)
+        else:
+            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            self._adapt(denoiser, rates)
+            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
+            if swap:
+                swap.bind()
         dropout = bool(s.adapter and s.adapter.drops)
-        if swap:
-            swap.bind()
         chain = Chain(
-            layers,
+            links,
             s.pipeline_stages,
             bounds,
             loss_for(s),
@@ -201,13 +205,9 @@ class Trainer:
         )
         owners = owners_of(layers, bounds)
         adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
-        del layers
-        trained = Trained(
-            names,
-            chain,
-            lambda parameters: build_optimizers(s.optimizer, parameters, rates),
-            kahan=keeps_kahan_sums(s.optimizer),
-        )
+        del layers, links
+        names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        trained = self._trained(names, chain, rates, sharding)
         if s.ema_decay:
             trained.ema = Ema(trained.stepped, s.ema_decay, s.ema_start_step, s.ema_on_cpu)
         for group in trained.groups:
@@ -219,7 +219,7 @@ class Trainer:
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout,
+            use_graphs=s.cuda_graphs and not dropout and not sharding,
         )
         exporter = Exporter(
             s,
@@ -237,6 +237,40 @@ class Trainer:
             stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
+
+    def _trained(
+        self, names: dict[nn.Parameter, str], chain: Chain, rates: dict[str, float], sharding: Sharding | None
+    ) -> Trained:
+        s = self.settings
+
+        def build(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+            return build_optimizers(s.optimizer, parameters, rates)
+
+        if sharding:
+            sharding.join(chain)
+            return ShardedTrained(names, chain, build)
+        grid = chain.mpu()
+        share = Share(
+            grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
+        )
+        owners = share if s.zero_stage == 1 else None
+        return Trained(names, chain, build, kahan=keeps_kahan_sums(s.optimizer), owners=owners)
+
+    def _share_out(
+        self, sharding: Sharding, denoiser: nn.Module, layers: Sequence[Layer], rates: dict[str, float]
+    ) -> list[Link]:
+        """Reads the weights link by link, each rank keeping its share."""
+        s = self.settings
+        choose_weights(denoiser, s.train_only, s.freeze, rates)
+        chosen = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+        links = [Link(layer) for layer in layers]
+        sharding.share_out(
+            links,
+            lambda link: self.family.load_denoiser(self.world.device, denoiser, set(link.parameters())),
+            lambda: {parameter: name for name, parameter in denoiser.named_parameters()},
+            chosen,
+        )
+        return links
 
     def _adapt(self, denoiser: nn.Module, rates: dict[str, float]) -> None:
         """Adds adapters to the base, then chooses what is trained."""
@@ -291,18 +325,6 @@ def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: Ru
     sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
     tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
     write_toml(folder.train_toml, tables)
-
-
-def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_samples: int) -> None:
-    """Order and noise of the rest depend on these; with others it would not be the same run."""
-    if progress["seed"] != settings.seed:
-        raise SettingsError(f"seed: the checkpoint was made with {progress['seed']}; set that to resume")
-    if progress["num_samples"] != num_samples:
-        logger.warning(
-            "the dataset has %d samples, the checkpoint saw %d: the rest of this epoch differs",
-            num_samples,
-            progress["num_samples"],
-        )
 
 
 def _describe(error: BaseException) -> str:
