@@ -16,6 +16,7 @@ from diffusers import (
 )
 from diffusion_trainer.models.base import Example
 from diffusion_trainer.models.wan import Wan
+from diffusion_trainer.utils.adapted import adapted_layers
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.run_folder import RunFolder
@@ -213,10 +214,10 @@ def test_lora_loads_in_diffusers_and_moves_its_output_as_in_training(folder, tmp
     family = wan(folder)
     settings = Lora(type="lora", rank=4, alpha=6.0)
     denoiser = inject(family.load_denoiser(CPU), family, settings, seed=3)
-    weights = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
-    for parameter in weights.values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    tensors = export_tensors(weights, family, settings, torch.float32)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tensors = export_tensors(adapted_layers(denoiser), family, torch.float32)
     expected = {"cross_attn.k_img", "cross_attn.v_img"} if family.variant.has_clip else set()
     expected |= {f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"} | {"ffn.0", "ffn.2"}
     keys = {re.sub(r"^diffusion_model\.blocks\.\d\.|\.(lora_[AB]\.weight|alpha)$", "", key) for key in tensors}

@@ -6,13 +6,12 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import Layer, ModelConfig
-from . import attention, storage
+from . import attention, resuming, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
@@ -102,22 +101,19 @@ class Trainer:
             return
         engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
-        total = sampler.total_steps(s.epochs)
-        total = min(total, s.max_steps or total)
+        about = resuming.identity(s, self._model, cache.samples, sampler)
         position = Position()
         if self._resume:
             progress = load_checkpoint(
                 newest_checkpoint(self.folder),
                 trained,
+                lambda found: resuming.refuse_changed(found, about, s),
                 optimizer_state=not s.reset_optimizer,
                 optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
             )
-            _refuse_changed(progress, s, len(cache.samples))
-            position = Position(**progress["position"])
-            if s.reset_dataloader:
-                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
-                position.step_in_epoch, position.epoch_loss = 0, 0.0
+            position = resuming.go_on(progress, about, s)
             logger.info("resumed after step %d", position.step)
+        total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
         loader = Loader(
             cache,
             self.family,
@@ -147,7 +143,7 @@ class Trainer:
             self._observation(data, engine, live, trained),
             position,
             total,
-            len(cache.samples),
+            about,
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
@@ -175,6 +171,7 @@ class Trainer:
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
+        self._model = resuming.model_identity(self.family, denoiser)
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
@@ -340,18 +337,6 @@ def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: Ru
     sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
     tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
     write_toml(folder.train_toml, tables)
-
-
-def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_samples: int) -> None:
-    """Order and noise of the rest depend on these; with others it would not be the same run."""
-    if progress["seed"] != settings.seed:
-        raise SettingsError(f"seed: the checkpoint was made with {progress['seed']}; set that to resume")
-    if progress["num_samples"] != num_samples:
-        logger.warning(
-            "the dataset has %d samples, the checkpoint saw %d: the rest of this epoch differs",
-            num_samples,
-            progress["num_samples"],
-        )
 
 
 def _describe(error: BaseException) -> str:
