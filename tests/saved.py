@@ -40,6 +40,28 @@ def canvas() -> dict[str, Any]:
             "extra": {}, "version": 0.4}  # fmt: skip
 
 
+def later_prompt(dataset: str, model: str) -> dict[str, Any]:
+    """As "Export (API)" of a later version wrote it: other names, and inputs of today missing."""
+    general = {name: options["default"] for section in ("required", "optional")
+               for name, _, options in LATER["GeneralConfig"][section] if "default" in options}  # fmt: skip
+    general |= {"output_folder_name": "mine", "partition_method": "memory", "optimizer_config": ["3", 0],
+                "model_config": ["5", 0], "dataset_config": ["2", 0], "adapter_config": ["6", 0]}  # fmt: skip
+    return {
+        "1": {"class_type": "GeneralDatasetPathNode", "inputs": {"dataset_path": dataset}},
+        "2": {"class_type": "GeneralDatasetConfig", "inputs": {
+            "input_path": ["1", 0], "resolutions": "[512]", "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0,
+            "num_ar_buckets": 7, "num_repeats": 1}},
+        "3": {"class_type": "OptimizerConfigNode", "inputs": {"optimizer_type": "AdamW8bitKahan", "lr": 2e-5}},
+        "4": {"class_type": "FluxModelNode", "inputs": {"diffusers_path": model, "flux_shift": False}},
+        "5": {"class_type": "ModelConfig", "inputs": {
+            "model_path": ["4", 0], "model_type": "diffusion", "dtype": "bfloat16",
+            "diffusion_transformer_dtype": "float8", "timestep_sample_method": "logit_normal"}},
+        "6": {"class_type": "AdapterConfigNode", "inputs": {"adapter_type": "lora", "rank": 32, "dtype": "bfloat16"}},
+        "7": {"class_type": "GeneralConfig", "inputs": general},
+        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 0]}},
+    }  # fmt: skip
+
+
 def _contract(kind: str) -> dict[str, Any]:
     return FIRST.get(kind) or LATER[kind]
 
