@@ -5,6 +5,7 @@ A further family is one function here and its names in `SUBJECTS`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,8 @@ def random_weights(denoiser: Any, device: torch.device) -> Callable[[str], torch
     def read(name: str) -> torch.Tensor:
         if "norm" in name and len(shapes[name]) == 1 and name.endswith("weight"):
             return torch.ones(shapes[name], device=device, dtype=torch.bfloat16)
-        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))  # the same whatever is read first
+        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16, generator=generator) * 0.02
 
     return read
 

@@ -68,8 +68,9 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         ]
 
         def load(self, sample: Sample, view: Any) -> Encoded:
+            generator = torch.Generator().manual_seed(int(sample.media.digest))
             media, text = (
-                {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+                {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
                 for shapes in (subject.media, subject.text)
             )
             return Encoded(media, text)

@@ -328,16 +328,21 @@ class Family(ABC):
         """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision."""
 
     def load_denoiser(
-        self, device: torch.device, denoiser: nn.Module | None = None, only: Container[nn.Parameter] | None = None
+        self,
+        device: torch.device,
+        denoiser: nn.Module | None = None,
+        only: Container[nn.Parameter] | None = None,
+        read: Callable[[str], torch.Tensor] | None = None,
     ) -> nn.Module:
         """The network with its weights, at `dtype` or as stored, on ``device``.
 
         Args:
             denoiser: A network of `build_denoiser`, to be filled in place.
             only: Parameters to read; the others stay on the meta device. Left out: all.
+            read: A `denoiser_reader`, when there is one already.
         """
         denoiser = denoiser or self.build_denoiser()
-        fill(denoiser, self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
+        fill(denoiser, read or self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
         return denoiser
 
     @abstractmethod

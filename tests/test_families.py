@@ -99,7 +99,7 @@ PROMPTED = {"flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted}
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
-VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "i2v", "flf2v")]}
+VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "flf2v")]}
 """For families whose variants differ in shape, the arguments of `write_miniature` for each."""
 MINIATURES = [(name, variant) for name in families() for variant in VARIANTS.get(name, [{}])]
 

@@ -188,7 +188,8 @@ class Loop:
         if running.step % self.settings.logging_steps == 0:
             curves = {"loss": loss, "lr": running.learning_rate, "grad_norm": grad_norm, "step_seconds": seconds}
             curves["samples_per_second"] = running.num_samples / seconds
-            self._curves.add(running.place, **curves, **self._gpu.values())
+            self._curves.add(running.place, **curves, **self.trained.curves(), **self._gpu.values())
+            self._curves.add_spread(running.place, "automagic_lrs", self.trained.rates())
         self._say(running, loss, seconds)
 
     def _say(self, running: _Running, loss: float, seconds: float) -> None:

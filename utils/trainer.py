@@ -31,10 +31,11 @@ from .losses import loss_for
 from .metrics import Curves
 from .observation import Observation
 from .offload import BlockSwap, swapped
-from .optimizers import build_optimizers, keeps_kahan_sums
+from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
 from .pipeline import Chain, Engine, Link, build_engine, partition
 from .position import Position
 from .preparation import Data, Preparation
+from .release import ReleasedTrained
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, requests_of
@@ -218,8 +219,8 @@ class Trainer:
             self.world,
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
-            max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout and not sharding,
+            max_norm=0.0 if s.optimizer.gradient_release else s.gradient_clipping,
+            use_graphs=s.cuda_graphs and not dropout and not sharding and not s.optimizer.gradient_release,
         )
         exporter = Exporter(
             s,
@@ -242,9 +243,13 @@ class Trainer:
         self, names: dict[nn.Parameter, str], chain: Chain, rates: dict[str, float], sharding: Sharding | None
     ) -> Trained:
         s = self.settings
+        ranks = self.world.size // s.pipeline_stages
+        sizes = s.micro_batch_size_per_gpu
+        micro_batch = sizes if isinstance(sizes, int) else max(size for _, size in sizes)
+        global_batch = micro_batch * s.gradient_accumulation_steps * ranks
 
         def build(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-            return build_optimizers(s.optimizer, parameters, rates)
+            return build_optimizers(s.optimizer, parameters, rates, global_batch)
 
         if sharding:
             sharding.join(chain)
@@ -253,8 +258,16 @@ class Trainer:
         share = Share(
             grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
         )
-        owners = share if s.zero_stage == 1 else None
-        return Trained(names, chain, build, kahan=keeps_kahan_sums(s.optimizer), owners=owners)
+        kahan = keeps_kahan_sums(s.optimizer)
+        if s.optimizer.gradient_release:
+            if share.size > 1:
+                raise SettingsError(
+                    "optimizer.gradient_release: steps before the processes that train the same weights have shared "
+                    "gradients; start one process per pipeline stage, or use zero_stage"
+                )
+            return ReleasedTrained(names, chain, build, kahan=kahan)
+        offload, owners = is_offloaded(s.optimizer), share if s.zero_stage == 1 else None
+        return Trained(names, chain, build, kahan=kahan, offload=offload, owners=owners)
 
     def _share_out(
         self, sharding: Sharding, denoiser: nn.Module, layers: Sequence[Layer], rates: dict[str, float]
@@ -286,15 +299,16 @@ class Trainer:
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
-        device = self.world.device
+        device, read = self.world.device, self.family.denoiser_reader()
         waiting = swapped(layers, mine, self.settings.blocks_to_swap)
         apart = {layer.name for layer in waiting}
-        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        rest = _parameters(layer for layer in mine if layer.name not in apart)
+        self.family.load_denoiser(device, denoiser, rest, read)
         if not waiting:
             return None
         swap = BlockSwap(device)
         for layer in waiting:
-            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            self.family.load_denoiser(device, denoiser, _parameters([layer]), read)
             swap.take(layer)
         return swap
 
