@@ -647,7 +647,7 @@ class TrainSettings(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        problems = list(_unavailable(self))
+        problems = list[str]()
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:
@@ -756,14 +756,6 @@ def bad_pattern(pattern: str) -> str:
     except re.error as error:
         return f"'{pattern}' is not a regular expression ({error})"
     return ""
-
-
-def _unavailable(settings: TrainSettings) -> list[str]:
-    """Options of older files that this version cannot honour; better refused than silently ignored."""
-    found = []
-    if settings.monitoring.enable_wandb:
-        found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    return found
 
 
 class FolderOptions(Table):
