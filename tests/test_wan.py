@@ -30,7 +30,7 @@ from transformers import CLIPVisionModel
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat", "a dog &amp; a  cat"]
-VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b")
+VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b", "ti2v_5b")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -55,7 +55,7 @@ def wan(folder: Path, **options) -> Wan:
 
 def library_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """As diffusers' documentation loads it; the VAE in the same precision as the rest."""
-    if folder.name == "t2v":
+    if folder.name in ("t2v", "ti2v_5b"):
         pipeline = WanPipeline.from_pretrained(folder, dtype=dtype)
     else:
         clip = None
@@ -125,7 +125,7 @@ def test_one_step_equals_the_pipelines(folder, dtype):
 
     pipeline.transformer.register_forward_hook(see, with_kwargs=True)
     pictures = [Image.fromarray(frame.permute(1, 2, 0).byte().numpy()) for frame in pixels[:, [0, -1]].unbind(1)]
-    names = {"t2v": (), "i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}[folder.name]
+    names = {"i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}.get(folder.name, ())
     arrived = pipeline(
         prompt_embeds=prompt_embeds(pipeline, ["a red cat"]), latents=x_t, width=64, height=32, num_frames=frames,
         num_inference_steps=1, guidance_scale=1.0, output_type="latent", **dict(zip(names, pictures, strict=False)),
