@@ -56,14 +56,15 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     barrier()
-    if is_writer:
+    if is_writer or trained.collective:
         tensors, rest = trained.state()
-        write_tensors(draft / f"weights-{part}.safetensors", trained.masters())
-        write_tensors(draft / f"optimizer-{part}.safetensors", tensors)
-        torch.save(rest, draft / f"optimizer-{part}.pt")
+        write_tensors(draft / f"weights-{part}.safetensors" if is_writer else None, trained.masters())
+        write_tensors(draft / f"optimizer-{part}.safetensors" if is_writer else None, tensors)
         if trained.ema:
-            values = {name: Promise.of(value) for name, value in trained.ema.values.items()}
-            write_tensors(draft / f"ema-{part}.safetensors", values)
+            values = {name: trained.promise(name, value) for name, value in trained.ema.values.items()}
+            write_tensors(draft / f"ema-{part}.safetensors" if is_writer else None, values)
+    if is_writer:
+        torch.save(rest, draft / f"optimizer-{part}.pt")
     barrier()
     if is_main:
         write_whole(draft / "progress.json", json.dumps({"format": FORMAT, "step": step, **progress}))
@@ -109,11 +110,11 @@ def load_checkpoint(
     state = TensorFiles(sorted(folder.glob("optimizer-*.safetensors")) if optimizer_state else [])
     trained.load(weights, state, rest)
     if trained.ema:
-        _load_ema(trained.ema, TensorFiles(sorted(folder.glob("ema-*.safetensors"))), progress["step"])
+        _load_ema(trained, trained.ema, TensorFiles(sorted(folder.glob("ema-*.safetensors"))), progress["step"])
     return progress
 
 
-def _load_ema(ema: Ema, stored: TensorFiles, step: int) -> None:
+def _load_ema(trained: Trained, ema: Ema, stored: TensorFiles, step: int) -> None:
     """Takes over the average; begins one where the checkpoint has none."""
     ema.step = step
     if not all(name in stored for name in ema.values):
@@ -121,7 +122,7 @@ def _load_ema(ema: Ema, stored: TensorFiles, step: int) -> None:
         ema.begin()
         return
     for name, value in ema.values.items():
-        value.copy_(stored.read(name))
+        value.copy_(trained.mine(name, stored.read(name)))
 
 
 def newest_checkpoint(run: RunFolder) -> Path:

@@ -74,7 +74,7 @@ class Chain(PipelineModule):
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[Layer | Link],
         num_stages: int,
         bounds: Sequence[int],
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
@@ -86,7 +86,8 @@ class Chain(PipelineModule):
         self._bounds = list(bounds)
         self._checkpointing, self.swap = checkpointing, swap
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
-            super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
+            links = [layer if isinstance(layer, Link) else Link(layer) for layer in layers]
+            super().__init__(links, num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
         if compiled:  # alike blocks share one compilation
             torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget

@@ -400,6 +400,15 @@ class TrainSettings(Table):
         ui_max=1024,
     )
     pipeline_stages: int = option(1, "Into how many parts the model is cut, one GPU each.", ge=1, step=1, ui_max=64)
+    zero_stage: int = option(
+        0,
+        "ZeRO: what the GPUs that train the same weights share out. 1: the optimizer's state and master weights; 2: "
+        "gradients, too; 3: weights, too. 2 and 3 without adapter and pipeline stages.",
+        ge=0,
+        le=3,
+        step=1,
+        advanced=True,
+    )
     partition_method: str = option(
         "parameters",
         "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
@@ -640,6 +649,7 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        problems += _zero_problems(self) if self.zero_stage >= 2 else []
         if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
             problems.append(
                 "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
@@ -670,6 +680,32 @@ def _full_problems(settings: TrainSettings) -> list[str]:
         found.append(
             f"model.transformer_dtype: all weights are trained, so they cannot be stored as {model.transformer_dtype}; "
             "leave it out, or add a table [adapter]"
+        )
+    return found
+
+
+ELEMENTWISE = ("adamw", "adamw_optimi", "sgd", "lion")
+"""Optimizers that step each weight by itself, so that a share of a matrix is stepped like the whole."""
+
+
+def _zero_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with ZeRO 2 and 3."""
+    with_stage = f"zero_stage: {settings.zero_stage} does not go together with"
+    found = []
+    if settings.adapter is not None:
+        found.append(f"{with_stage} an adapter, whose weights are few; set 0 or 1")
+    if settings.pipeline_stages > 1:
+        found.append(f"{with_stage} pipeline_stages, which already part the model; set 1")
+    if settings.blocks_to_swap:
+        found.append(f"{with_stage} blocks_to_swap; set that to 0")
+    if settings.sample.prompts:
+        found.append(f"{with_stage} sample.prompts; leave those out, or set 1")
+    if settings.model.merge_adapters:
+        found.append(f"{with_stage} model.merge_adapters; merge them into the file first")
+    if settings.optimizer.type.lower() not in ELEMENTWISE:
+        found.append(
+            f"optimizer.type: {settings.optimizer.type} looks at whole matrices, of which zero_stage "
+            f"{settings.zero_stage} leaves a share to each GPU; use {', '.join(ELEMENTWISE)}, or zero_stage 1"
         )
     return found
 

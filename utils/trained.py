@@ -45,6 +45,9 @@ class Trained:
         owners: ZeRO 1: the ranks among which stepping is shared out, each whole parameter to one of them.
     """
 
+    collective = False
+    """Whether all ranks take part when one writes."""
+
     def __init__(
         self,
         names: Mapping[nn.Parameter, str],
@@ -130,13 +133,21 @@ class Trained:
 
     # -- out and in -----------------------------------------------------------------------------------
 
+    def promise(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> Promise:
+        """``value``, which belongs to parameter ``name``, to be written."""
+        return Promise.of(value, dtype)
+
+    def mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What this rank needs of ``value``, which was written for parameter ``name``."""
+        return value
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of what is trained, as precise as it is stepped."""
         return {name: self.stepped.get(name, p).detach().cpu().clone() for name, p in self.parameters.items()}
 
     def masters(self) -> dict[str, Promise]:
         """What this rank steps, to be written."""
-        return {name: Promise.of(p) for name, p in self.stepped.items()}
+        return {name: self.promise(name, p) for name, p in self.stepped.items()}
 
     def everything(self, dtype: torch.dtype, float32: Sequence[str] = ()) -> dict[str, Promise]:
         """All weights of the stage as ``dtype``, those with one of ``float32`` in their name in float32."""
@@ -144,7 +155,7 @@ class Trained:
         for name, parameter in self.all.items():
             value = self.stepped.get(name, parameter)
             kept = any(part in name for part in float32)
-            found[name] = Promise.of(value, torch.float32 if kept else dtype)
+            found[name] = self.promise(name, value, torch.float32 if kept else dtype)
         return found
 
     def state(self) -> tuple[dict[str, Promise], dict[str, Any]]:
@@ -160,7 +171,7 @@ class Trained:
                     name, state = names[parameter], optimizer.state.get(parameter, {})
                     for key, value in state.items():
                         if isinstance(value, torch.Tensor):
-                            tensors[f"{name}|{key}"] = Promise.of(value)
+                            tensors[f"{name}|{key}"] = self.promise(name, value)
                     plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
                     rest["values"][name] = plain
         return tensors, rest
@@ -177,10 +188,10 @@ class Trained:
                     f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
                     "resume with the model and adapter settings that it was made with"
                 )
-            value = weights.read(name)
-            parameter.data.copy_(value)
-            if name in self.stepped:
-                self.stepped[name].data.copy_(value)
+            value = self.mine(name, weights.read(name))
+            for target in (self.stepped.get(name), parameter):
+                if target is not None and target.shape == value.shape:
+                    target.data.copy_(value)
         keys: dict[str, list[str]] = {}
         for full in state.names():
             name, _, key = full.rpartition("|")
@@ -196,7 +207,8 @@ class Trained:
                     for key in keys.get(name, ()):
                         # torch's optimizers keep the number of steps on the CPU unless their kernels count it
                         here = key != "step" or group.get("fused") or group.get("capturable")
-                        found[key] = state.read(f"{name}|{key}").to(parameter.device if here else "cpu", copy=True)
+                        value = self.mine(name, state.read(f"{name}|{key}"))
+                        found[key] = value.to(parameter.device if here else "cpu", copy=True)
                     if found:
                         optimizer.state[parameter] = found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,15 @@ from .metrics import Curves
 from .observation import Observation
 from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, keeps_kahan_sums
-from .pipeline import Chain, Engine, build_engine, partition
+from .pipeline import Chain, Engine, Link, build_engine, partition
 from .position import Position
 from .preparation import Data, Preparation
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
-from .trained import Trained
+from .sharding import ShardedTrained, Sharding
+from .trained import Share, Trained
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -176,16 +177,22 @@ class Trainer:
         layers = self.family.layers(denoiser)
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
         stage = self.world.stage(s.pipeline_stages)
-        swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        self._adapt(denoiser, rates)
-        layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
-        names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        sharding = None
+        swap = None
+        links: Sequence[Layer | Link]
+        if s.zero_stage >= 2:
+            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
+            links = self._share_out(sharding, denoiser, layers, rates)
+        else:
+            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            self._adapt(denoiser, rates)
+            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
+            if swap:
+                swap.bind()
         dropout = bool(s.adapter and s.adapter.drops)
-        if swap:
-            swap.bind()
         chain = Chain(
-            layers,
+            links,
             s.pipeline_stages,
             bounds,
             loss_for(s),
@@ -201,13 +208,9 @@ class Trainer:
         )
         owners = owners_of(layers, bounds)
         adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
-        del layers
-        trained = Trained(
-            names,
-            chain,
-            lambda parameters: build_optimizers(s.optimizer, parameters, rates),
-            kahan=keeps_kahan_sums(s.optimizer),
-        )
+        del layers, links
+        names = {parameter: name for name, parameter in denoiser.named_parameters()}
+        trained = self._trained(names, chain, rates, sharding)
         if s.ema_decay:
             trained.ema = Ema(trained.stepped, s.ema_decay, s.ema_start_step, s.ema_on_cpu)
         for group in trained.groups:
@@ -219,7 +222,7 @@ class Trainer:
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout,
+            use_graphs=s.cuda_graphs and not dropout and not sharding,
         )
         exporter = Exporter(
             s,
@@ -237,6 +240,40 @@ class Trainer:
             stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
+
+    def _trained(
+        self, names: dict[nn.Parameter, str], chain: Chain, rates: dict[str, float], sharding: Sharding | None
+    ) -> Trained:
+        s = self.settings
+
+        def build(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+            return build_optimizers(s.optimizer, parameters, rates)
+
+        if sharding:
+            sharding.join(chain)
+            return ShardedTrained(names, chain, build)
+        grid = chain.mpu()
+        share = Share(
+            grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
+        )
+        owners = share if s.zero_stage == 1 else None
+        return Trained(names, chain, build, kahan=keeps_kahan_sums(s.optimizer), owners=owners)
+
+    def _share_out(
+        self, sharding: Sharding, denoiser: nn.Module, layers: Sequence[Layer], rates: dict[str, float]
+    ) -> list[Link]:
+        """Reads the weights link by link, each rank keeping its share."""
+        s = self.settings
+        choose_weights(denoiser, s.train_only, s.freeze, rates)
+        chosen = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+        links = [Link(layer) for layer in layers]
+        sharding.share_out(
+            links,
+            lambda link: self.family.load_denoiser(self.world.device, denoiser, set(link.parameters())),
+            lambda: {parameter: name for name, parameter in denoiser.named_parameters()},
+            chosen,
+        )
+        return links
 
     def _adapt(self, denoiser: nn.Module, rates: dict[str, float]) -> None:
         """Adds adapters to the base, then chooses what is trained."""
