@@ -43,6 +43,10 @@ OPTIMIZER_TAKES = {
     "Prodigy": ("lr", "betas", "weight_decay"),
     "automagic": ("weight_decay",),
     "sgd": ("lr", "weight_decay"),
+    "stableadamw": ("lr", "betas", "weight_decay", "eps"),
+    "ScheduleFreeAdamW": ("lr", "betas", "weight_decay", "eps"),
+    "Muon": ("lr", "weight_decay"),
+    "genericoptim": ("lr", "betas", "weight_decay", "eps"),
 }
 """The optimizers on offer and which of the inputs each of them knows."""
 
@@ -166,6 +170,7 @@ class OptimizerConfigNode(SettingsNode):
         **widgets(Betas, "beta1", "beta2", prefix="optimizer"),
         "weight_decay": widget(Optimizer, "weight_decay", prefix="optimizer", default=0.01, off=None, high=10.0),
         "eps": widget(Optimizer, "eps", prefix="optimizer", default=1e-8, high=1.0),
+        **widgets(Optimizer, "beta2_half_life", "offload", "gradient_release", prefix="optimizer"),
     }
 
     def generate_optimizer_config(self, **values: Any) -> tuple[dict[str, Any]]:
@@ -174,6 +179,9 @@ class OptimizerConfigNode(SettingsNode):
         kind = settings.pop("type")
         settings["betas"] = [settings.pop("beta1"), settings.pop("beta2")]
         table = {"type": kind, **{key: settings[key] for key in OPTIMIZER_TAKES[kind] if key in settings}}
+        if "betas" in OPTIMIZER_TAKES[kind] and "beta2_half_life" in settings:
+            table["beta2_half_life"] = settings["beta2_half_life"]
+        table |= {key: True for key in ("offload", "gradient_release") if settings.get(key)}
         validate(Optimizer, table, "optimizer")
         if kind == "Prodigy" and table.get("lr", 1) < 0.1:
             logger.warning(

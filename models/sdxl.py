@@ -127,6 +127,10 @@ class SDXLConfig(ModelConfig):
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option("uniform", NO_EFFECT, advanced=True)
     sigmoid_scale: float = option(1.0, NO_EFFECT, gt=0, step=0.1, advanced=True)
+    logit_mean: float = option(0.0, NO_EFFECT, ge=-10, le=10, step=0.1, advanced=True)
+    loss_weighting: Literal["none"] = option(  # type: ignore[assignment]  # a field may be narrower
+        "none", "Only none: SDXL weighs its loss by min_snr_gamma and debiased_estimation_loss.", advanced=True
+    )
     text_encoder_dtype: StorageDtype | None = option(
         None, "Has no effect: SDXL's text encoders are small.", advanced=True
     )

@@ -415,7 +415,8 @@ class Wan(Family):
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        return Batch(inputs=tuple(inputs), target=noise_NCFHW - x0_NCFHW)
+        target_NCFHW = noise_NCFHW - x0_NCFHW
+        return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:
@@ -451,18 +452,18 @@ class Wan(Family):
         return diffusers.WanImageToVideoPipeline(**parts)
 
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        """As `Family.prompt_arguments`; first-and-last-frame models end on the last picture, which may be the first."""
         arguments: dict[str, Any] = {
             f"{prefix}prompt_embeds": _padded([text["umt5_embeds"]]).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
-        wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[self.variant.task]
-        if len(request.images) < len(wanted):
-            frames = "the first and the last frame" if len(wanted) > 1 else "the first frame"
-            raise SettingsError(f"sample: this {self.title} model starts from pictures; give {frames}")
+        if self.variant.task == "t2v":
+            return arguments
+        if not request.images:
+            raise SettingsError(f"sample: this {self.title} model draws from a first frame; give a picture")
         size = request.width, request.height
-        for name, image in zip(wanted, request.images, strict=False):
-            arguments[name] = ImageOps.fit(image.convert("RGB"), size)
-        return arguments
+        first, *_, last = [ImageOps.fit(image.convert("RGB"), size) for image in (request.images * 2)]
+        return arguments | {"image": first} | ({"last_image": last} if self.variant.task == "flf2v" else {})
 
     def sample(self, pipeline: Any, request: SampleRequest) -> list[Image.Image]:
         output = pipeline(

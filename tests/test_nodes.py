@@ -79,6 +79,7 @@ def test_the_defaults_make_valid_settings(base):
     assert train["model"] == {"type": "flux", "dtype": "bfloat16", "timestep_sample_method": "logit_normal",
                               "diffusers_path": str(base / "models/diffusers/flux"), "bypass_guidance_embedding": False,
                               "flux_shift": False, "guidance": 1.0, "max_sequence_length": 512, "sigmoid_scale": 1.0,
+                              "logit_mean": 0.0, "loss_weighting": "none",
                               "min_t": 0.0, "max_t": 1.0, "quantized_matmul": False}  # fmt: skip
     assert train["optimizer"] == {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01, "eps": 1e-8}
     assert train["adapter"] == {"type": "lora", "rank": 32, "dropout": 0.0}

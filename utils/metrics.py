@@ -38,6 +38,11 @@ class Curves:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, place)
 
+    def add_spread(self, place: int, name: str, values: Sequence[torch.Tensor]) -> None:
+        """A histogram ``train/<name>`` of all values; nothing of none."""
+        if self._writer and values:
+            self._writer.add_histogram(f"train/{name}", torch.cat([value.flatten().cpu() for value in values]), place)
+
     def add_pictures(self, place: int, pictures: Sequence[Sequence[Image.Image]], fps: float) -> None:
         """Pictures ``samples/00`` ..., clips as moving ones."""
         for number, frames in enumerate(pictures):

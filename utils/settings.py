@@ -164,8 +164,8 @@ class Optimizer(Table):
 
     type: str = option(
         ...,
-        "adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, Adafactor, Prodigy, automagic, "
-        "sgd, or the name of any class in pytorch_optimizer.",
+        "adamw, adamw8bit, adamw_optimi, stableadamw, AdamW8bitKahan, Lion, Adafactor, Prodigy, ScheduleFreeAdamW, "
+        "Muon, automagic, genericoptim, sgd, offload, or the name of any class in pytorch_optimizer.",
     )
     lr: float | None = option(
         None, "Learning rate. Prodigy finds its own and wants 1.0 here; automagic ignores it.", ge=0, le=10, step=1e-8
@@ -174,6 +174,25 @@ class Optimizer(Table):
     weight_decay: float | None = option(None, "Pull of the weights towards zero.", ge=0, step=0.001)
     eps: float | None = option(
         None, "Guards the division by the root of the squared gradient.", gt=0, step=1e-12, advanced=True
+    )
+    beta2_half_life: float | None = option(
+        None,
+        "Samples after which the running average of the squared gradient has half forgotten; sets the second of betas, "
+        "whatever the batch.",
+        gt=0,
+        step=1,
+        advanced=True,
+    )
+    offload: bool = option(
+        False,
+        "Keep the optimizer's state and float32 weights in main memory and step there: slower, much less GPU memory.",
+        advanced=True,
+    )
+    gradient_release: bool = option(
+        False,
+        "Step each weight as soon as its gradient is there, so that gradients take no memory. Without accumulation, "
+        "clipping and further GPUs for the same weights.",
+        advanced=True,
     )
     model_config = ConfigDict(extra="allow")
 
@@ -649,6 +668,7 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
+        problems += _release_problems(self) if self.optimizer.gradient_release else []
         problems += _zero_problems(self) if self.zero_stage >= 2 else []
         if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
             problems.append(
@@ -708,6 +728,17 @@ def _zero_problems(settings: TrainSettings) -> list[str]:
             f"{settings.zero_stage} leaves a share to each GPU; use {', '.join(ELEMENTWISE)}, or zero_stage 1"
         )
     return found
+
+
+def _release_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with stepping in the backward pass."""
+    if settings.gradient_accumulation_steps > 1:
+        return ["optimizer.gradient_release: steps after each micro-batch; set gradient_accumulation_steps = 1"]
+    if settings.zero_stage:
+        return ["optimizer.gradient_release: steps before ranks have shared gradients; set zero_stage = 0"]
+    if settings.optimizer.offload:
+        return ["optimizer.gradient_release: steps on the GPU; leave optimizer.offload out"]
+    return []
 
 
 def _bad_patterns(settings: TrainSettings) -> list[str]:
