@@ -546,6 +546,11 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    test_sample: bool = option(
+        False,
+        "Draw the samples of [sample] with the model as it is and stop; without prompts one picture of 512x512.",
+        advanced=True,
+    )
     dump_dataset: str | None = option(
         None,
         "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
@@ -647,7 +652,11 @@ class TrainSettings(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        problems = list(_unavailable(self))
+        problems = list[str]()
+        if self.test_sample:
+            self.sample.before_first_step = True
+            if not self.sample.prompts:
+                self.sample.prompts, self.sample.width, self.sample.height = ["a photo of a cat"], 512, 512
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:
@@ -756,14 +765,6 @@ def bad_pattern(pattern: str) -> str:
     except re.error as error:
         return f"'{pattern}' is not a regular expression ({error})"
     return ""
-
-
-def _unavailable(settings: TrainSettings) -> list[str]:
-    """Options of older files that this version cannot honour; better refused than silently ignored."""
-    found = []
-    if settings.monitoring.enable_wandb:
-        found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    return found
 
 
 class FolderOptions(Table):

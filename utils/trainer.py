@@ -42,6 +42,7 @@ from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sharding import ShardedTrained, Sharding
 from .trained import Share, Trained
+from .wandb_run import WandbRun, check_wandb
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class Trainer:
             settings, dataset, read_sets(settings), self.family, world, folder, self.control, self._global_batch
         )
         self._check_stages()
+        check_wandb(settings)
 
     def _check_stages(self) -> None:
         stages = self.settings.pipeline_stages
@@ -114,6 +116,8 @@ class Trainer:
             position = resuming.go_on(progress, about, s)
             logger.info("resumed after step %d", position.step)
         total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
+        if s.test_sample:
+            total = position.step
         loader = Loader(
             cache,
             self.family,
@@ -147,7 +151,8 @@ class Trainer:
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
-        with Curves(folder, purge_after) as curves:
+        mirror = WandbRun(s, folder) if folder and s.monitoring.enable_wandb else None
+        with Curves(folder, purge_after, mirror) as curves:
             loop.run(curves)
 
     def _global_batch(self, bucket: Bucket) -> int:
