@@ -546,6 +546,11 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    test_sample: bool = option(
+        False,
+        "Draw the samples of [sample] with the model as it is and stop; without prompts one picture of 512x512.",
+        advanced=True,
+    )
     dump_dataset: str | None = option(
         None,
         "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
@@ -553,7 +558,10 @@ class TrainSettings(Table):
         advanced=True,
     )
     i_know_what_i_am_doing: bool = option(
-        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+        False,
+        "Go on from a checkpoint although seed, model, adapter or kind of optimizer are others now. Sizes and numbers "
+        "of resolutions are not limited anyway.",
+        advanced=True,
     )
 
     eval_datasets: list[EvalDataset] = option(
@@ -648,6 +656,10 @@ class TrainSettings(Table):
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         problems = list[str]()
+        if self.test_sample:
+            self.sample.before_first_step = True
+            if not self.sample.prompts:
+                self.sample.prompts, self.sample.width, self.sample.height = ["a photo of a cat"], 512, 512
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:

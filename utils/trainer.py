@@ -116,6 +116,8 @@ class Trainer:
             position = resuming.go_on(progress, about, s)
             logger.info("resumed after step %d", position.step)
         total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
+        if s.test_sample:
+            total = position.step
         loader = Loader(
             cache,
             self.family,
