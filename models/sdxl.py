@@ -38,6 +38,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     StorageDtype,
     fingerprint,
     in_comfyui,
@@ -454,6 +455,24 @@ class SDXL(Family):
             target=target_NCHW,
             weight=self.loss_weight(t_N)[:, None, None, None],
         )
+
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        example = super().blank_example(width, height, frames)
+        tokens = {f"{name}_tokens" for name in self.trained}
+        example.text |= {name: value.long() for name, value in example.text.items() if name in tokens}
+        return example
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        text: dict[str, tuple[int, ...]] = {}
+        for name in self.text_encoders:
+            if name in self.trained:
+                text[f"{name}_tokens"] = (1, CLIP_LENGTH)
+                continue
+            config = self._text_config(name)
+            text[f"{name}_embeds"] = (CLIP_LENGTH, config["hidden_size"])
+            if name == "clip_g":
+                text["clip_g_pooled"] = (config["projection_dim"],)
+        return {"latents": (4, *latent_size[1:])}, text
 
     def _noise(self, example: Example) -> torch.Tensor:
         if not self.config.noise_offset:

@@ -35,6 +35,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     read_json,
     require_path,
@@ -416,6 +417,17 @@ class Wan(Family):
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
         return Batch(inputs=tuple(inputs), target=noise_NCFHW - x0_NCFHW)
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        media: dict[str, tuple[int, ...]] = {"latents": (self.variant.channels, *latent_size)}
+        if self.variant.task != "t2v":
+            media["condition"] = media["latents"]
+        if self.variant.has_clip:
+            clip = clip_config(self._source("clip"))
+            tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+            media["image_embeds"] = (tokens * (1 if self.variant.task == "i2v" else 2), config.image_dim)
+        return media, {"umt5_embeds": (TEXT_LENGTH, config.text_dim)}
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:
