@@ -29,10 +29,11 @@ SWITCHES = {
     "regenerate_cache": "encode this dataset again",
     "trust_cache": "take the dataset as it was found last time",
     "cache_only": "fill the cache and stop",
+    "test_sample": "draw the samples of [sample] with the model as it is, and stop",
     "reset_dataloader": "when resuming, begin the epoch again",
     "reset_optimizer": "when resuming, take the weights alone",
     "reset_optimizer_params": "when resuming, take weight_decay, betas and so on from --config",
-    "i_know_what_i_am_doing": "accepted; sizes and numbers of resolutions are not limited here",
+    "i_know_what_i_am_doing": "when resuming, go on although the settings are those of another training",
 }
 """Flags that switch on the setting of the same name."""
 
@@ -121,11 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, DatasetSettings | None]:
     """Settings of the run; the dataset's are None with --check_config when its file is not there."""
     settings_module, config = _module("utils.settings"), _module("utils.config")
-    settings = settings_module.load_train_settings(arguments.config)
     flags: dict[str, Any] = {name: True for name in SWITCHES if getattr(arguments, name)}
     if arguments.dump_dataset:
         flags["dump_dataset"] = arguments.dump_dataset
-    settings = settings.model_copy(update=flags)
+    settings = settings_module.parse_train_settings(config.read_toml(arguments.config) | flags)
     named = arguments.dataset or settings.dataset
     path = Path(named).expanduser() if named else arguments.config.parent / "dataset.toml"
     if not path.is_file() and (arguments.check_config or not named):
@@ -191,6 +191,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
                 f"output_dir: '{settings.output_dir}' cannot be written ({error.strerror}); choose another folder"
             )
     folder = _module("utils.run_folder").RunFolder(world.share(found))
+    world.all_see(folder.path)
     if world.rank == 0 and arguments.run_dir is None:
         _log_to_file(folder.log)
     logger.info("run folder %s", folder.path)

@@ -73,7 +73,8 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
                 {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
                 for shapes in (subject.media, subject.text)
             )
-            return Encoded(media, text)
+            tokens = {n: torch.randint(49408, shape, generator=generator) for n, shape in subject.tokens.items()}
+            return Encoded(media, text | tokens)
 
     class Benchmark(Trainer):
         profiler: Any = None

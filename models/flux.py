@@ -336,9 +336,11 @@ class Flux(Family):
         pooled_ND = torch.stack([example.text["clip_pooled"] for example in examples]).to(self.dtype)
         text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
         guidance_N = torch.full_like(t_N, self.config.guidance)
+        target_NTD = pack(noise_NCHW - x0_NCHW)
         return Batch(
             inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N),
-            target=pack(noise_NCHW - x0_NCHW),
+            target=target_NTD,
+            weight=self.time_weight(t_N, target_NTD),
         )
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -127,6 +128,10 @@ class SDXLConfig(ModelConfig):
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option("uniform", NO_EFFECT, advanced=True)
     sigmoid_scale: float = option(1.0, NO_EFFECT, gt=0, step=0.1, advanced=True)
+    logit_mean: float = option(0.0, NO_EFFECT, ge=-10, le=10, step=0.1, advanced=True)
+    loss_weighting: Literal["none"] = option(  # type: ignore[assignment]  # a field may be narrower
+        "none", "Only none: SDXL weighs its loss by min_snr_gamma and debiased_estimation_loss.", advanced=True
+    )
     text_encoder_dtype: StorageDtype | None = option(
         None, "Has no effect: SDXL's text encoders are small.", advanced=True
     )
@@ -352,19 +357,23 @@ class SDXL(Family):
         tokens = chunks(encoder.tokenizer, captions, pad)
         if name in self.trained:
             return {f"{name}_tokens": tokens}
-        return self._embed_texts(name, encoder.model, tokens)
+        return self._embed_texts(name, encoder.model, tokens, encoder.model.device)
 
-    def _embed_texts(self, name: str, model: Any, tokens: Sequence[torch.Tensor]) -> Encodings:
+    def _embed_texts(
+        self, name: str, model: Any, tokens: Sequence[torch.Tensor], device: torch.device
+    ) -> dict[str, list[torch.Tensor]]:
         """Embeddings of texts, each given as (pieces, tokens): the penultimate states of all pieces one after
         another, and for the second encoder the pooled text of the first piece."""
+        pieces_P1L = torch.cat(list(tokens))[:, None].to(device)
+        values: Tensors = (pieces_P1L,) * (PLACES[name] + 1)
         with torch.no_grad():
-            output = model(torch.cat(list(tokens)).to(model.device), output_hidden_states=True)
+            for layer in _text_layers(model, name):
+                values = layer.forward(SimpleNamespace(**layer.submodules), *values)
         counts = [len(pieces) for pieces in tokens]
-        embeds = [part.flatten(0, 1).to(self.dtype) for part in output.hidden_states[-2].split(counts)]
+        embeds = [part.flatten(0, 1).to(self.dtype) for part in values[PLACES[name]].split(counts)]
         if name == "clip_l":
             return {"clip_l_embeds": embeds}
-        pooled = [part[0].to(self.dtype) for part in output.text_embeds.split(counts)]
-        return {"clip_g_embeds": embeds, "clip_g_pooled": pooled}
+        return {"clip_g_embeds": embeds, "clip_g_pooled": [part[0].to(self.dtype) for part in values[-1].split(counts)]}
 
     # -- the networks -------------------------------------------------------------------------------
 
@@ -407,7 +416,7 @@ class SDXL(Family):
                 del body.encoder.layers[-1]
                 body.final_layer_norm = nn.Identity()
             denoiser[COMPONENTS[name].folder] = model
-        return denoiser
+        return denoiser.to(self.dtype)  # what other stages have is never read, but asked for its precision
 
     def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
         readers = {COMPONENTS[part].folder: self._reader(part) for part in ("unet", *self.trained)}
@@ -577,7 +586,8 @@ class SDXL(Family):
             folder = COMPONENTS[name].folder
             models[folder] = tokenizers[folder] = None
             if name in self.trained:
-                models[folder] = self._live_text_model(name, denoiser[folder], device)
+                live = getattr(denoiser, folder)
+                models[folder] = self._whole(name, live, device) if text_encoders else live
             elif text_encoders:
                 models[folder] = self._load_text_model(name, device)
             if text_encoders:
@@ -592,13 +602,13 @@ class SDXL(Family):
             text_encoder_2=models["text_encoder_2"],
             tokenizer=tokenizers["text_encoder"],
             tokenizer_2=tokenizers["text_encoder_2"],
-            unet=denoiser["unet"],
+            unet=denoiser.unet,
             scheduler=diffusers.EulerDiscreteScheduler.from_config(schedule),
             add_watermarker=False,
         )
 
-    def _live_text_model(self, name: str, live: Any, device: torch.device) -> Any:
-        """The whole of a text encoder that is trained: with the end that training leaves out."""
+    def _whole(self, name: str, live: Any, device: torch.device) -> Any:
+        """A text encoder that is trained, with the end that training leaves out."""
         if name != "clip_l":
             return live
         whole = self._load_text_model(name, device)
@@ -626,7 +636,7 @@ class SDXL(Family):
             found = dict(text)
             for name in self.trained:
                 model = getattr(pipeline, COMPONENTS[name].folder)
-                values = self._embed_texts(name, model, [text[f"{name}_tokens"]])
+                values = self._embed_texts(name, model, [text[f"{name}_tokens"]], pipeline._execution_device)
                 found |= {key: value[0] for key, value in values.items()}
             return found
 
@@ -669,17 +679,18 @@ PLACES = {"clip_l": 4, "clip_g": 5}
 
 
 def _text_layers(model: Any, name: str) -> list[Layer]:
+    """The links that compute the penultimate states and, of the second encoder, the pooled text."""
     body, folder, at = _body(model), COMPONENTS[name].folder, PLACES[name]
     blocks = list(body.encoder.layers)
-    last = blocks.pop() if name == "clip_g" else None
-    end_token = body.eos_token_id if last is not None else None
+    penultimate = model.config.num_hidden_layers - 1
+    end_token = body.eos_token_id if name == "clip_g" else None
     embed = partial(_embed_tokens, at=at, end_token=end_token)
     layers = [Layer(f"{folder}.embeddings", embed, {"embeddings": body.embeddings})]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks[:penultimate]):
         forward = partial(_text_block, at=at)
         layers.append(Layer(f"{folder}.encoder.layers.{index}", forward, {"block": block}, is_block=True))
-    if last is not None:
-        modules = {"block": last, "norm": body.final_layer_norm, "projection": model.text_projection}
+    if name == "clip_g":
+        modules = {"block": blocks[penultimate], "norm": body.final_layer_norm, "projection": model.text_projection}
         layers.append(Layer(f"{folder}.pool", partial(_pool, at=at), modules, is_block=True))
     return layers
 

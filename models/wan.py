@@ -416,7 +416,8 @@ class Wan(Family):
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        return Batch(inputs=tuple(inputs), target=noise_NCFHW - x0_NCFHW)
+        target_NCFHW = noise_NCFHW - x0_NCFHW
+        return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
         config: Any = self.build_denoiser().config

@@ -204,6 +204,6 @@ def test_flags_of_the_earlier_trainer_are_taken():
     arguments = entry.parse_arguments([
         "--deepspeed", "--config", "t.toml", "--local_rank", "0", "--resume_from_checkpoint", "--reset_dataloader",
         "--reset_optimizer", "--reset_optimizer_params", "--regenerate_cache", "--cache_only", "--trust_cache",
-        "--i_know_what_i_am_doing", "--master_port", "29501", "--dump_dataset", "d"])  # fmt: skip
+        "--i_know_what_i_am_doing", "--test_sample", "--master_port", "29501", "--dump_dataset", "d"])  # fmt: skip
     assert arguments.resume_from_checkpoint is True
     assert all(getattr(arguments, name) for name in entry.SWITCHES)

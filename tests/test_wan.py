@@ -30,7 +30,7 @@ from transformers import CLIPVisionModel
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat", "a dog &amp; a  cat"]
-VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b")
+VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b", "ti2v_5b")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -55,7 +55,7 @@ def wan(folder: Path, **options) -> Wan:
 
 def library_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """As diffusers' documentation loads it; the VAE in the same precision as the rest."""
-    if folder.name == "t2v":
+    if folder.name in ("t2v", "ti2v_5b"):
         pipeline = WanPipeline.from_pretrained(folder, dtype=dtype)
     else:
         clip = None
@@ -125,7 +125,7 @@ def test_one_step_equals_the_pipelines(folder, dtype):
 
     pipeline.transformer.register_forward_hook(see, with_kwargs=True)
     pictures = [Image.fromarray(frame.permute(1, 2, 0).byte().numpy()) for frame in pixels[:, [0, -1]].unbind(1)]
-    names = {"t2v": (), "i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}[folder.name]
+    names = {"i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}.get(folder.name, ())
     arrived = pipeline(
         prompt_embeds=prompt_embeds(pipeline, ["a red cat"]), latents=x_t, width=64, height=32, num_frames=frames,
         num_inference_steps=1, guidance_scale=1.0, output_type="latent", **dict(zip(names, pictures, strict=False)),
@@ -247,6 +247,14 @@ def test_experts_see_the_noise_of_the_whole_distribution_between_their_bounds(t2
     part = wan(t2v, shift=5.0, min_t=low, max_t=high)
     times = [part.timestep((n + 0.5) / len(drawn), (60, 104)) for n in range(len(drawn))]
     torch.testing.assert_close(torch.tensor(times), torch.tensor(drawn), atol=2e-3, rtol=0)
+
+
+def test_bounds_without_noise_between_them_are_refused(t2v):
+    from diffusion_trainer.utils.settings import parse_train_settings
+
+    model = {"type": "wan", "ckpt_path": str(t2v), "min_t": 0.9, "max_t": 0.875}
+    with pytest.raises(SettingsError, match=r"model: min_t must be below max_t, got 0\.9 and 0\.875"):
+        parse_train_settings({"output_dir": "/o", "epochs": 1, "model": model, "optimizer": {"type": "adamw"}})
 
 
 # -- trainings --------------------------------------------------------------------------------------------

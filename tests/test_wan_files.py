@@ -326,6 +326,17 @@ def test_t5_is_not_umt5(folders, tmp_path):
     assert f"'{options['llm_path']}' is not UMT5-XXL" in refusal(**options)
 
 
+def test_marks_in_a_file_and_the_name_of_skyreels(folders, tmp_path):
+    options = write_single(folders["t2v"], tmp_path)
+    tensors = load_file(options["transformer_path"])
+    marks = {"model_type.Wan2_1-T2V": torch.zeros(1), "scaled_fp8": torch.zeros(2)}
+    save_file({**tensors, **marks}, tmp_path / "Wan2_1-SkyReels-V2.safetensors")
+    for path, fps in ((options["transformer_path"], 16.0), (str(tmp_path / "Wan2_1-SkyReels-V2.safetensors"), 24.0)):
+        family = wan(**{**options, "transformer_path": path})
+        family.check_files()
+        assert family.fps == fps
+
+
 @pytest.mark.parametrize("name", ["vace_blocks.0.before_proj.weight", "motion_encoder.enc.fc.0.weight"])
 def test_other_variants(folders, tmp_path, name):
     options = write_single(folders["t2v"], tmp_path)

@@ -39,7 +39,7 @@ def model_identity(family: Family, denoiser: nn.Module) -> str:
     chosen = [names[n * len(names) // NUM_TENSORS] for n in range(NUM_TENSORS)] if names else []
     digest, read = hashlib.blake2b(digest_size=16), family.denoiser_reader()
     for name in dict.fromkeys(chosen):
-        digest.update(name.encode() + read(name).float().contiguous().numpy().tobytes())
+        digest.update(name.encode() + read(name).float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

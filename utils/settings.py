@@ -429,8 +429,8 @@ class TrainSettings(Table):
         advanced=True,
     )
     partition_method: str = option(
-        "parameters",
-        "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
+        "cost",
+        "How layers are shared out over stages: cost (equal time), parameters (equal weights), uniform (equal count), "
         "type:NAME (equal count of layers whose name matches), or manual.",
         advanced=True,
     )
@@ -546,6 +546,11 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    test_sample: bool = option(
+        False,
+        "Draw the samples of [sample] with the model as it is and stop; without prompts one picture of 512x512.",
+        advanced=True,
+    )
     dump_dataset: str | None = option(
         None,
         "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
@@ -553,7 +558,10 @@ class TrainSettings(Table):
         advanced=True,
     )
     i_know_what_i_am_doing: bool = option(
-        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+        False,
+        "Go on from a checkpoint although seed, model, adapter or kind of optimizer are others now. Sizes and numbers "
+        "of resolutions are not limited anyway.",
+        advanced=True,
     )
 
     eval_datasets: list[EvalDataset] = option(
@@ -647,7 +655,11 @@ class TrainSettings(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        problems = list(_unavailable(self))
+        problems = list[str]()
+        if self.test_sample:
+            self.sample.before_first_step = True
+            if not self.sample.prompts:
+                self.sample.prompts, self.sample.width, self.sample.height = ["a photo of a cat"], 512, 512
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:
@@ -675,9 +687,10 @@ class TrainSettings(Table):
                 "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
                 "'int8', or leave it out"
             )
-        if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
+        if self.partition_method.split(":")[0] not in ("cost", "parameters", "uniform", "type", "manual"):
             problems.append(
-                f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
+                "partition_method: must be cost, parameters, uniform, type:NAME or manual, got "
+                f"'{self.partition_method}'"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -756,14 +769,6 @@ def bad_pattern(pattern: str) -> str:
     except re.error as error:
         return f"'{pattern}' is not a regular expression ({error})"
     return ""
-
-
-def _unavailable(settings: TrainSettings) -> list[str]:
-    """Options of older files that this version cannot honour; better refused than silently ignored."""
-    found = []
-    if settings.monitoring.enable_wandb:
-        found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    return found
 
 
 class FolderOptions(Table):
