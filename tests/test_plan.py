@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusion_trainer.diffusion_nodes.training_plan import TrainingPlan
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.adapters import inject
+from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.plan import GIB, make_plan
 from diffusion_trainer.utils.settings import family_of, parse_dataset_settings, parse_train_settings
 from test_families import MINIATURES, examples, load
@@ -94,14 +96,14 @@ def test_stages(table, tmp_path):
     assert "does not fit: " in plan.lines(2**20)[-1]
 
 
-def test_command(table, tmp_path, capsys):
-    from diffusion_trainer.utils.config import write_toml
-
-    import train
-
+def test_command_and_node(table, tmp_path):
     write_pictures(tmp_path / "pictures")
-    write_toml(tmp_path / "train.toml", {"output_dir": str(tmp_path), "model": table, "optimizer": {"type": "adamw"},
-                                         "adapter": {"type": "lora"}})  # fmt: skip
-    write_toml(tmp_path / "dataset.toml", {"directory": [{"path": str(tmp_path / "pictures")}]})
-    assert train.main(["--config", str(tmp_path / "train.toml"), "--plan"]) == 0
-    assert "largest batch: 1 of 512x512" in capsys.readouterr().out
+    if table["type"] != "flux":
+        pytest.skip("one process is enough")
+    values = {"output_dir": str(tmp_path), "model": table, "optimizer": {"type": "adamw"}, "adapter": {"type": "lora"}}
+    (text,) = TrainingPlan().plan({"directory": [{"path": str(tmp_path / "pictures")}]}, values, 2.0)
+    assert "largest batch: 1 of 512x512" in text
+    assert "of 2.0 GiB" in text
+    broken = {**values, "model": {**table, "diffusers_path": str(tmp_path / "none")}}
+    with pytest.raises(SettingsError, match="does not exist"):
+        TrainingPlan().plan({"directory": [{"path": str(tmp_path / "pictures")}]}, broken)

@@ -27,7 +27,8 @@ from .adapters import _adapter, target_names
 from .checkpointing import is_dear
 from .finetune import choose_weights
 from .offload import NUM_PLACES, swapped
-from .pipeline import partition
+from .optimizers import is_offloaded
+from .partitioning import layer_costs, partition
 from .settings import ActivationCheckpointing, DatasetSettings, TrainSettings, family_of
 from .storage import DTYPES, NF4_BLOCK
 
@@ -156,10 +157,13 @@ def make_plan(settings: TrainSettings, dataset: DatasetSettings, num_gpus: int, 
     adapters = _choose(denoiser, family, settings)
     layers = family.layers(denoiser.to("meta"))
     names = {parameter: name for name, parameter in denoiser.named_parameters()}
-    bounds = partition(layers, settings.pipeline_stages, settings.partition_method, settings.partition_split)
     size, micro_batch = _largest(settings, dataset)
+    costs = None
+    if settings.pipeline_stages > 1 and settings.partition_method == "cost":
+        costs = layer_costs(family, denoiser, family.collate([family.blank_example(*size)] * micro_batch))
+    bounds = partition(layers, settings.pipeline_stages, settings.partition_method, settings.partition_split, costs)
     kept = _Activations(family, settings.activation_checkpointing).measure(layers, size, micro_batch)
-    count = _Count(family, settings, names, adapters)
+    count = _Count(family, settings, names, adapters, max(1, num_gpus // settings.pipeline_stages))
     stages = []
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         under_way = min(settings.pipeline_stages - number, settings.gradient_accumulation_steps)
@@ -225,6 +229,8 @@ class _Count:
     settings: TrainSettings
     names: Mapping[Tensor, str]
     adapters: Mapping[str, int]
+    num_ranks: int
+    """Among which ZeRO shares out."""
 
     def stage(self, layers: Sequence[Layer], mine: Sequence[Layer]) -> tuple[Memory, int]:
         """Memory of a stage without activations, and its number of swapped blocks."""
@@ -241,8 +247,14 @@ class _Count:
             trained = sum(p.numel() for p in parameters if p.requires_grad)
             adapter = 0.0
             master = 4.0 * sum(p.numel() for p in parameters if p.requires_grad and p.dtype != torch.float32)
-        state = STATE_BYTES.get(self.settings.optimizer.type.lower(), 8) * trained
-        return Memory(weights, adapter, 4.0 * trained, state + master, 0.0, sum(sizes)), len(waiting)
+        state = master + STATE_BYTES.get(self.settings.optimizer.type.lower(), 8) * trained
+        zero = self.settings.zero_stage
+        weights, gradients, state = (
+            size / (self.num_ranks if zero >= stage else 1)
+            for size, stage in ((weights, 3), (4.0 * trained, 2), (state, 1))
+        )
+        state = 0.0 if is_offloaded(self.settings.optimizer) else state
+        return Memory(weights, adapter, gradients, state, 0.0, sum(sizes)), len(waiting)
 
     def _weights(self, layer: Layer) -> float:
         return sum(self._stored(parameter, owner) for parameter, owner in _parameters(layer).items())
