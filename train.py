@@ -32,7 +32,7 @@ SWITCHES = {
     "reset_dataloader": "when resuming, begin the epoch again",
     "reset_optimizer": "when resuming, take the weights alone",
     "reset_optimizer_params": "when resuming, take weight_decay, betas and so on from --config",
-    "i_know_what_i_am_doing": "accepted; sizes and numbers of resolutions are not limited here",
+    "i_know_what_i_am_doing": "when resuming, go on although the settings are those of another training",
 }
 """Flags that switch on the setting of the same name."""
 

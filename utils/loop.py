@@ -80,7 +80,7 @@ class Loop:
         position = self.position
         self._exported = self._saved = position.step
         self._saved_at = time.monotonic()
-        if position.step == 0:
+        if position.step == 0 or self.settings.test_sample:
             self.observation.observe(position, curves, self.observation.due_at_start())
         while position.step < self.total:
             plan = self.sampler.epoch(position.epoch, position.past)

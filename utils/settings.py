@@ -558,7 +558,10 @@ class TrainSettings(Table):
         advanced=True,
     )
     i_know_what_i_am_doing: bool = option(
-        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+        False,
+        "Go on from a checkpoint although seed, model, adapter or kind of optimizer are others now. Sizes and numbers "
+        "of resolutions are not limited anyway.",
+        advanced=True,
     )
 
     eval_datasets: list[EvalDataset] = option(
