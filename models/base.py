@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from ..utils.config import Dtype, SettingsError, Table, option
 from ..utils.imports import lazy
 from ..utils.weights import fill
@@ -98,6 +100,12 @@ class ModelConfig(Table):
     )
     min_t: float = option(0.0, "Lowest noise level that is trained.", ge=0, lt=1, step=0.001, advanced=True)
     max_t: float = option(1.0, "Highest noise level that is trained.", gt=0, le=1, step=0.001, advanced=True)
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> ModelConfig:
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t must be below max_t, got {self.min_t:g} and {self.max_t:g}")
+        return self
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,14 @@ def test_experts_see_the_noise_of_the_whole_distribution_between_their_bounds(t2
     torch.testing.assert_close(torch.tensor(times), torch.tensor(drawn), atol=2e-3, rtol=0)
 
 
+def test_bounds_without_noise_between_them_are_refused(t2v):
+    from diffusion_trainer.utils.settings import parse_train_settings
+
+    model = {"type": "wan", "ckpt_path": str(t2v), "min_t": 0.9, "max_t": 0.875}
+    with pytest.raises(SettingsError, match=r"model: min_t must be below max_t, got 0\.9 and 0\.875"):
+        parse_train_settings({"output_dir": "/o", "epochs": 1, "model": model, "optimizer": {"type": "adamw"}})
+
+
 # -- trainings --------------------------------------------------------------------------------------------
 
 
