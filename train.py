@@ -176,6 +176,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
                 f"output_dir: '{settings.output_dir}' cannot be written ({error.strerror}); choose another folder"
             )
     folder = _module("utils.run_folder").RunFolder(world.share(found))
+    world.all_see(folder.path)
     if world.rank == 0 and arguments.run_dir is None:
         _log_to_file(folder.log)
     logger.info("run folder %s", folder.path)
