@@ -156,7 +156,7 @@ def make_plan(settings: TrainSettings, dataset: DatasetSettings, num_gpus: int, 
         parameter.data = parameter.data.to(torch.float32 if is_float32 else family.dtype)
     adapters = _choose(denoiser, family, settings)
     layers = family.layers(denoiser.to("meta"))
-    names = {parameter: name for name, parameter in denoiser.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in denoiser.named_parameters()}
     size, micro_batch = _largest(settings, dataset)
     costs = None
     if settings.pipeline_stages > 1 and settings.partition_method == "cost":
@@ -206,12 +206,12 @@ def _choose(denoiser: nn.Module, family: Family, settings: TrainSettings) -> dic
 
 def _largest(settings: TrainSettings, dataset: DatasetSettings) -> tuple[tuple[int, int, int], int]:
     """Width, height and frames of the batch that takes most, and its number of samples."""
-    sizes = []
+    sizes: list[tuple[int, int, int]] = []
     for directory in dataset.directory:
         for entry in directory.resolutions:
             width, height = entry if isinstance(entry, list) and len(entry) == 2 else [_side(entry)] * 2
             sizes += [(width, height, frames) for frames in directory.frame_buckets]
-        sizes += [(*entry, 1)[:3] for entry in directory.size_buckets or []]
+        sizes += [(entry[0], entry[1], entry[2] if len(entry) > 2 else 1) for entry in directory.size_buckets or []]
     micro_batches = {size: settings.micro_batch(*size) for size in sizes}
     largest = max(sizes, key=lambda size: math.prod(size) * micro_batches[size])
     return largest, micro_batches[largest]
