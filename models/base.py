@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from ..utils.config import Dtype, SettingsError, Table, option
 from ..utils.imports import lazy
 from ..utils.weights import fill
@@ -98,6 +100,15 @@ class ModelConfig(Table):
     )
     min_t: float = option(0.0, "Lowest noise level that is trained.", ge=0, lt=1, step=0.001, advanced=True)
     max_t: float = option(1.0, "Highest noise level that is trained.", gt=0, le=1, step=0.001, advanced=True)
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> ModelConfig:
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t must be below max_t, got {self.min_t:g} and {self.max_t:g}")
+        return self
+
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -308,6 +319,21 @@ class Family(ABC):
         """Learning rates of the family's own options, by regular expression of parameter names; the first that is
         found in a name counts, 0 freezes. Names without a match take the optimizer's."""
         return {}
+
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        """An example of zeros, shaped as a sample of this size in pixels with a caption of the usual length."""
+        media, text = self.cached_shapes(self.latent_size(width, height, frames))
+        blank = {name: torch.zeros(shape, dtype=self.dtype) for name, shape in media.items()}
+        return Example(
+            blank,
+            {name: torch.zeros(shape, dtype=self.dtype) for name, shape in text.items()},
+            noise=torch.zeros(media["latents"]),
+            quantile=0.5,
+        )
+
+    @abstractmethod
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        """Shapes of what `encode_media` and the text encoders give for a sample with latents of this size."""
 
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weights of latents as weights of the target's elements; broadcasts against ``target``.

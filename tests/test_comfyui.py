@@ -102,7 +102,7 @@ def test_example_trains(server: ComfyUI) -> None:
     assert job.shown(STATUS).startswith("finished: step 20 of 20, loss ")
     assert "LoRA written to" in job.shown(LOG)
     steps = [event["value"] for event in job.events("progress") if event["node"] == TRAIN and event["max"] == 20]
-    assert steps and steps == sorted(steps) and len(set(steps)) > 2
+    assert steps and steps == sorted(steps) and len(set(steps)) >= 2  # as often as the node looked
     texts = job.texts(TRAIN)
     assert any(" s/step" in text and "loss" in text for text in texts), texts
     assert f"{run.name}.safetensors" in texts[-1]

@@ -236,6 +236,13 @@ def test_more_dataset_options_hold_for_all_folders():
     assert "shuffle_tags" not in tables
 
 
+def test_an_optimizer_may_have_arguments_of_its_own():
+    (table,) = call("OptimizerConfigNode", optimizer_type="Prodigy", lr=1.0,
+                    arguments="d_coef = 0.5\nuse_bias_correction = true\nname = text")  # fmt: skip
+    assert (table["d_coef"], table["use_bias_correction"], table["name"]) == (0.5, True, "text")
+    assert "arguments" not in table
+
+
 def test_adapters_of_every_kind(base):
     assert call("AdapterConfigNode", adapter_type="lokr", decompose_factor=8)[0]["adapter"]["decompose_factor"] == 8
     with pytest.raises(SettingsError, match=r"adapter\.decompose_factor: unknown option"):

@@ -52,7 +52,7 @@ def dataset(**changes):
         ({"activation_checkpointing": "all"}, "activation_checkpointing: must be true, false, a number of blocks, 'selective' or 'unsloth', got 'all'"),  # noqa: E501
         ({"partition_method": "manual", "pipeline_stages": 3, "partition_split": [4]}, "partition_split: needs 2 numbers"),  # noqa: E501
         ({"model": {"type": "flux", "quantized_matmul": True, "transformer_dtype": "nf4"}}, "model.quantized_matmul: multiplies weights as they are stored"),  # noqa: E501
-        ({"partition_method": "memory"}, "partition_method: must be parameters, uniform, type:NAME or manual"),
+        ({"partition_method": "memory"}, "partition_method: must be cost, parameters, uniform"),
     ],
 )  # fmt: skip
 def test_train_messages(changes, message):

@@ -249,6 +249,14 @@ def test_experts_see_the_noise_of_the_whole_distribution_between_their_bounds(t2
     torch.testing.assert_close(torch.tensor(times), torch.tensor(drawn), atol=2e-3, rtol=0)
 
 
+def test_bounds_without_noise_between_them_are_refused(t2v):
+    from diffusion_trainer.utils.settings import parse_train_settings
+
+    model = {"type": "wan", "ckpt_path": str(t2v), "min_t": 0.9, "max_t": 0.875}
+    with pytest.raises(SettingsError, match=r"model: min_t must be below max_t, got 0\.9 and 0\.875"):
+        parse_train_settings({"output_dir": "/o", "epochs": 1, "model": model, "optimizer": {"type": "adamw"}})
+
+
 # -- trainings --------------------------------------------------------------------------------------------
 
 
@@ -289,11 +297,13 @@ def test_trains_pictures_and_clips(bench: VideoBench, plain: Result) -> None:
     "changes",
     [
         {"activation_checkpointing": False},
+        {"activation_checkpointing": "selective"},
+        {"blocks_to_swap": 1},
         {"micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
     ],
-    ids=["no checkpointing", "accumulated"],
+    ids=["no checkpointing", "selective checkpointing", "swapped", "accumulated"],
 )
-def test_micro_batches_and_checkpointing_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
+def test_micro_batches_and_memory_savers_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
     result = bench.train(epochs=2, **changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)

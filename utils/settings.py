@@ -429,8 +429,8 @@ class TrainSettings(Table):
         advanced=True,
     )
     partition_method: str = option(
-        "parameters",
-        "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
+        "cost",
+        "How layers are shared out over stages: cost (equal time), parameters (equal weights), uniform (equal count), "
         "type:NAME (equal count of layers whose name matches), or manual.",
         advanced=True,
     )
@@ -687,9 +687,10 @@ class TrainSettings(Table):
                 "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
                 "'int8', or leave it out"
             )
-        if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
+        if self.partition_method.split(":")[0] not in ("cost", "parameters", "uniform", "type", "manual"):
             problems.append(
-                f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
+                "partition_method: must be cost, parameters, uniform, type:NAME or manual, got "
+                f"'{self.partition_method}'"
             )
         if problems:
             raise ValueError("\n".join(problems))

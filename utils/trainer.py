@@ -32,12 +32,13 @@ from .metrics import Curves
 from .observation import Observation
 from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
-from .pipeline import Chain, Engine, Link, build_engine, partition
+from .partitioning import layer_costs, partition
+from .pipeline import Chain, Engine, Link, build_engine
 from .position import Position
 from .preparation import Data, Preparation
 from .release import ReleasedTrained
 from .run_folder import RunFolder, Status
-from .sampler import Sampler
+from .sampler import Draw, Sampler
 from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sharding import ShardedTrained, Sharding
@@ -101,6 +102,7 @@ class Trainer:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
+        self._cache = cache
         engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         about = resuming.identity(s, self._model, cache.samples, sampler)
@@ -178,7 +180,8 @@ class Trainer:
         denoiser = self.family.build_denoiser()
         self._model = resuming.model_identity(self.family, denoiser)
         layers = self.family.layers(denoiser)
-        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
+        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
         stage = self.world.stage(s.pipeline_stages)
         rates = {**s.learning_rates, **self.family.learning_rates()}
         sharding = None
@@ -243,6 +246,14 @@ class Trainer:
             stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
+
+    def _costs(self, denoiser: nn.Module) -> list[int]:
+        """Arithmetic of each layer for the largest sample."""
+        cache = self._cache
+        sizes = [sample.bucket.width * sample.bucket.height * sample.bucket.frames for sample in cache.samples]
+        plan = [[Draw(sizes.index(max(sizes)), 0, 1.0)]]
+        batch = next(iter(Loader(cache, self.family, self.settings.seed, 1).steps(0, plan)))[0]
+        return layer_costs(self.family, denoiser, batch)
 
     def _trained(
         self, names: dict[nn.Parameter, str], chain: Chain, rates: dict[str, float], sharding: Sharding | None
