@@ -116,7 +116,7 @@ class Train:
             RuntimeError: The training failed; holds the cause and the end of its log.
         """
         given = {"environment": dict(environment)} if environment else {}
-        train, dataset = _tables({**train_config, **_chosen(run_options), **given}, dataset_config)
+        train, dataset = checked_tables({**train_config, **_chosen(run_options), **given}, dataset_config)
         asked = _asked_run(resume_from_checkpoint, resume, train.pop("resume_from_checkpoint", False))
         identity = hashlib.sha256(json.dumps([train, dataset], sort_keys=True).encode()).hexdigest()
         run = launch.find(identity)
@@ -137,7 +137,7 @@ class Train:
         return _result(run, outcome, unique_id)
 
 
-def _tables(
+def checked_tables(
     train_config: Mapping[str, Any], dataset_config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checked tables, with absolute paths: the trainer works in another folder than ComfyUI."""

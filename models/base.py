@@ -108,6 +108,9 @@ class ModelConfig(Table):
         return self
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Layer:
     """One link of the chain that computes the denoiser; a pipeline stage may end after any link.
@@ -316,6 +319,21 @@ class Family(ABC):
         """Learning rates of the family's own options, by regular expression of parameter names; the first that is
         found in a name counts, 0 freezes. Names without a match take the optimizer's."""
         return {}
+
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        """An example of zeros, shaped as a sample of this size in pixels with a caption of the usual length."""
+        media, text = self.cached_shapes(self.latent_size(width, height, frames))
+        blank = {name: torch.zeros(shape, dtype=self.dtype) for name, shape in media.items()}
+        return Example(
+            blank,
+            {name: torch.zeros(shape, dtype=self.dtype) for name, shape in text.items()},
+            noise=torch.zeros(media["latents"]),
+            quantile=0.5,
+        )
+
+    @abstractmethod
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        """Shapes of what `encode_media` and the text encoders give for a sample with latents of this size."""
 
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weights of latents as weights of the target's elements; broadcasts against ``target``.

@@ -32,6 +32,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     in_comfyui,
     read_json,
@@ -341,6 +342,14 @@ class Flux(Family):
             target=target_NTD,
             weight=self.time_weight(t_N, target_NTD),
         )
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        text = {
+            "clip_pooled": (config.pooled_projection_dim,),
+            "t5_embeds": (self.config.max_sequence_length, config.joint_attention_dim),
+        }
+        return {"latents": (config.in_channels // 4, *latent_size[1:])}, text
 
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels = target.shape[-1] // 4

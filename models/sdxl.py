@@ -39,6 +39,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     StorageDtype,
     fingerprint,
     in_comfyui,
@@ -48,6 +49,9 @@ from .base import (
 )
 from .clip import (
     CLIP_LENGTH,
+    HUB_TOKENIZERS,
+    TOKENIZER_FILES,
+    cached_tokenizer,
     chunks,
     clip_config,
     clip_name,
@@ -279,7 +283,7 @@ class SDXL(Family):
 
     def _tokenizer_folder(self, part: str) -> Path:
         folder = COMPONENTS[part].folder.replace("text_encoder", "tokenizer")
-        places = [in_comfyui("comfy/sd1_tokenizer")]
+        places = [in_comfyui("comfy/sd1_tokenizer"), cached_tokenizer()]
         if self.config.diffusers_path:
             places.insert(0, Path(self.config.diffusers_path).expanduser() / folder)
         if value := self.config.tokenizer_path:
@@ -289,7 +293,8 @@ class SDXL(Family):
                 return place
         raise SettingsError(
             f"model.tokenizer_path: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
-            "'tokenizer' of SDXL in diffusers layout, or ComfyUI's 'comfy/sd1_tokenizer'"
+            "'tokenizer' of SDXL in diffusers layout, or ComfyUI's 'comfy/sd1_tokenizer'; or fetch it once with: "
+            f"hf download {HUB_TOKENIZERS[0][0]} {' '.join(TOKENIZER_FILES)}"
         )
 
     def _markers(self) -> Container[str]:
@@ -464,6 +469,24 @@ class SDXL(Family):
             weight=self.loss_weight(t_N)[:, None, None, None],
         )
 
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        example = super().blank_example(width, height, frames)
+        tokens = {f"{name}_tokens" for name in self.trained}
+        example.text |= {name: value.long() for name, value in example.text.items() if name in tokens}
+        return example
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        text: dict[str, tuple[int, ...]] = {}
+        for name in self.text_encoders:
+            if name in self.trained:
+                text[f"{name}_tokens"] = (1, CLIP_LENGTH)
+                continue
+            config = self._text_config(name)
+            text[f"{name}_embeds"] = (CLIP_LENGTH, config["hidden_size"])
+            if name == "clip_g":
+                text["clip_g_pooled"] = (config["projection_dim"],)
+        return {"latents": (4, *latent_size[1:])}, text
+
     def _noise(self, example: Example) -> torch.Tensor:
         if not self.config.noise_offset:
             return example.noise
@@ -521,7 +544,8 @@ class SDXL(Family):
         if folder == "unet":
             return f"lora_unet_{inner.replace('.', '_')}"
         number = 1 if folder == "text_encoder" else 2
-        inner = f"text_model.{inner.removeprefix('text_model.')}"
+        if not inner.startswith("text_projection"):
+            inner = f"text_model.{inner.removeprefix('text_model.')}"
         return f"lora_te{number}_{inner.replace('.', '_')}"
 
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     read_json,
     require_path,
@@ -417,6 +418,17 @@ class Wan(Family):
         inputs[2] = inputs[2].to(self.dtype)
         target_NCFHW = noise_NCFHW - x0_NCFHW
         return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        media: dict[str, tuple[int, ...]] = {"latents": (self.variant.channels, *latent_size)}
+        if self.variant.task != "t2v":
+            media["condition"] = media["latents"]
+        if self.variant.has_clip:
+            clip = clip_config(self._source("clip"))
+            tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+            media["image_embeds"] = (tokens * (1 if self.variant.task == "i2v" else 2), config.image_dim)
+        return media, {"umt5_embeds": (TEXT_LENGTH, config.text_dim)}
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:

@@ -57,6 +57,11 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",
                 "min_snr_gamma": 5.0, "unet_lr": 4e-5, "text_encoder_1_lr": 2e-5, "text_encoder_2_lr": 2e-5})),
+    "sdxl_full.toml": (
+        "All weights of SDXL's U-Net; the text encoders stay as they are, so captions are encoded once",
+        _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",
+                "min_snr_gamma": 5.0, "text_encoder_1_lr": 0.0, "text_encoder_2_lr": 0.0}, None,
+               {"type": "adamw_optimi", "lr": 1e-5, "betas": [0.9, 0.99], "weight_decay": 0.01})),
     "wan_lora.toml": (
         "A LoRA for Wan 2.1, trained on clips and pictures",
         _train({"type": "wan", "ckpt_path": "/data/models/Wan2.1-T2V-1.3B", "dtype": "bfloat16"},

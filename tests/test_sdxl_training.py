@@ -44,7 +44,7 @@ def test_all_three_networks_learn(plain: Result) -> None:
         assert len(moved) == len(ups), sorted(ups.keys() - moved)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_stages_change_nothing(bench: Bench, plain: Result, stages: int) -> None:
     """The states that wait for the way up travel between stages, and the text encoders are in the first; all draw."""
     changes = {"pipeline_stages": stages, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}

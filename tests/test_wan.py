@@ -297,11 +297,13 @@ def test_trains_pictures_and_clips(bench: VideoBench, plain: Result) -> None:
     "changes",
     [
         {"activation_checkpointing": False},
+        {"activation_checkpointing": "selective"},
+        {"blocks_to_swap": 1},
         {"micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
     ],
-    ids=["no checkpointing", "accumulated"],
+    ids=["no checkpointing", "selective checkpointing", "swapped", "accumulated"],
 )
-def test_micro_batches_and_checkpointing_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
+def test_micro_batches_and_memory_savers_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
     result = bench.train(epochs=2, **changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)
