@@ -283,6 +283,13 @@ class Trainer:
             grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
         )
         kahan = keeps_kahan_sums(s.optimizer)
+        parted = s.pipeline_stages > 1 or s.optimizer.gradient_release or (s.zero_stage == 1 and share.size > 1)
+        if parted and s.optimizer.type.lower().startswith(("prodigy", "dadapt")):
+            logger.warning(
+                "optimizer.type: %s finds one rate from all weights that it sees; here it sees parts of them, each of "
+                "which gets a rate of its own, and losses differ from those of one process",
+                s.optimizer.type,
+            )
         if s.optimizer.gradient_release:
             if share.size > 1:
                 raise SettingsError(
