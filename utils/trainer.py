@@ -34,6 +34,7 @@ from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
 from .partitioning import layer_costs, partition
 from .pipeline import Chain, Engine, Link, build_engine
+from .plan import make_plan
 from .position import Position
 from .preparation import Data, Preparation
 from .release import ReleasedTrained
@@ -44,6 +45,7 @@ from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sharding import ShardedTrained, Sharding
 from .trained import Share, Trained
 from .wandb_run import WandbRun, check_wandb
+from .watch import Watch
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -150,12 +152,18 @@ class Trainer:
             position,
             total,
             about,
+            Watch(self.world.device, self._planned),
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
         mirror = WandbRun(s, folder) if folder and s.monitoring.enable_wandb else None
         with Curves(folder, purge_after, mirror) as curves:
             loop.run(curves)
+
+    def _planned(self) -> float:
+        """Bytes that the plan expects on this GPU."""
+        plan = make_plan(self.settings, self.dataset, self.world.size, self.family)
+        return plan.stages[self.world.stage(self.settings.pipeline_stages)].memory.total
 
     def _global_batch(self, bucket: Bucket) -> int:
         """Samples of one step over all processes."""
@@ -275,6 +283,13 @@ class Trainer:
             grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
         )
         kahan = keeps_kahan_sums(s.optimizer)
+        parted = s.pipeline_stages > 1 or s.optimizer.gradient_release or (s.zero_stage == 1 and share.size > 1)
+        if parted and s.optimizer.type.lower().startswith(("prodigy", "dadapt")):
+            logger.warning(
+                "optimizer.type: %s finds one rate from all weights that it sees; here it sees parts of them, each of "
+                "which gets a rate of its own, and losses differ from those of one process",
+                s.optimizer.type,
+            )
         if s.optimizer.gradient_release:
             if share.size > 1:
                 raise SettingsError(
