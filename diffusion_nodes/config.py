@@ -8,6 +8,7 @@ blocks_to_swap 0; evaluation off; output_dir and config_save_path empty.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -43,6 +44,10 @@ OPTIMIZER_TAKES = {
     "Prodigy": ("lr", "betas", "weight_decay"),
     "automagic": ("weight_decay",),
     "sgd": ("lr", "weight_decay"),
+    "stableadamw": ("lr", "betas", "weight_decay", "eps"),
+    "ScheduleFreeAdamW": ("lr", "betas", "weight_decay", "eps"),
+    "Muon": ("lr", "weight_decay"),
+    "genericoptim": ("lr", "betas", "weight_decay", "eps"),
 }
 """The optimizers on offer and which of the inputs each of them knows."""
 
@@ -68,6 +73,14 @@ class OptimizerChoice(Table):
         "adamw",
         "The optimizer. adamw is a safe choice; the 8-bit ones save memory; Prodigy and automagic "
         "find the learning rate themselves. A TOML file may name any class of pytorch_optimizer.",
+    )
+
+
+class OptimizerArguments(Table):
+    """Whatever else the chosen optimizer takes."""
+
+    arguments: dict[str, Any] = option(
+        {}, "Further arguments of the optimizer, a line such as d_coef = 0.5 for each.", advanced=True
     )
 
 
@@ -166,6 +179,8 @@ class OptimizerConfigNode(SettingsNode):
         **widgets(Betas, "beta1", "beta2", prefix="optimizer"),
         "weight_decay": widget(Optimizer, "weight_decay", prefix="optimizer", default=0.01, off=None, high=10.0),
         "eps": widget(Optimizer, "eps", prefix="optimizer", default=1e-8, high=1.0),
+        **widgets(Optimizer, "beta2_half_life", "offload", "gradient_release", prefix="optimizer"),
+        "arguments": widget(OptimizerArguments, "arguments", prefix="optimizer"),
     }
 
     def generate_optimizer_config(self, **values: Any) -> tuple[dict[str, Any]]:
@@ -174,6 +189,10 @@ class OptimizerConfigNode(SettingsNode):
         kind = settings.pop("type")
         settings["betas"] = [settings.pop("beta1"), settings.pop("beta2")]
         table = {"type": kind, **{key: settings[key] for key in OPTIMIZER_TAKES[kind] if key in settings}}
+        if "betas" in OPTIMIZER_TAKES[kind] and "beta2_half_life" in settings:
+            table["beta2_half_life"] = settings["beta2_half_life"]
+        table |= {key: True for key in ("offload", "gradient_release") if settings.get(key)}
+        table |= {key: _value(text) for key, text in settings.get("arguments", {}).items()}
         validate(Optimizer, table, "optimizer")
         if kind == "Prodigy" and table.get("lr", 1) < 0.1:
             logger.warning(
@@ -303,6 +322,14 @@ class GeneralConfig(SettingsNode):
         except SettingsError as error:
             return str(error)
         return True
+
+
+def _value(text: Any) -> Any:
+    """A number, a list or true and false as such; anything else as the text that it is."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
 
 
 def linked(name: str, value: Any) -> dict[str, Any]:

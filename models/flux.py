@@ -32,6 +32,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     in_comfyui,
     read_json,
@@ -335,10 +336,20 @@ class Flux(Family):
         pooled_ND = torch.stack([example.text["clip_pooled"] for example in examples]).to(self.dtype)
         text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
         guidance_N = torch.full_like(t_N, self.config.guidance)
+        target_NTD = pack(noise_NCHW - x0_NCHW)
         return Batch(
             inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N),
-            target=pack(noise_NCHW - x0_NCHW),
+            target=target_NTD,
+            weight=self.time_weight(t_N, target_NTD),
         )
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        text = {
+            "clip_pooled": (config.pooled_projection_dim,),
+            "t5_embeds": (self.config.max_sequence_length, config.joint_attention_dim),
+        }
+        return {"latents": (config.in_channels // 4, *latent_size[1:])}, text
 
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels = target.shape[-1] // 4

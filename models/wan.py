@@ -35,6 +35,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     read_json,
     require_path,
@@ -415,7 +416,19 @@ class Wan(Family):
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        return Batch(inputs=tuple(inputs), target=noise_NCFHW - x0_NCFHW)
+        target_NCFHW = noise_NCFHW - x0_NCFHW
+        return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        media: dict[str, tuple[int, ...]] = {"latents": (self.variant.channels, *latent_size)}
+        if self.variant.task != "t2v":
+            media["condition"] = media["latents"]
+        if self.variant.has_clip:
+            clip = clip_config(self._source("clip"))
+            tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+            media["image_embeds"] = (tokens * (1 if self.variant.task == "i2v" else 2), config.image_dim)
+        return media, {"umt5_embeds": (TEXT_LENGTH, config.text_dim)}
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:
@@ -451,18 +464,18 @@ class Wan(Family):
         return diffusers.WanImageToVideoPipeline(**parts)
 
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        """As `Family.prompt_arguments`; first-and-last-frame models end on the last picture, which may be the first."""
         arguments: dict[str, Any] = {
             f"{prefix}prompt_embeds": _padded([text["umt5_embeds"]]).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
-        wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[self.variant.task]
-        if len(request.images) < len(wanted):
-            frames = "the first and the last frame" if len(wanted) > 1 else "the first frame"
-            raise SettingsError(f"sample: this {self.title} model starts from pictures; give {frames}")
+        if self.variant.task == "t2v":
+            return arguments
+        if not request.images:
+            raise SettingsError(f"sample: this {self.title} model draws from a first frame; give a picture")
         size = request.width, request.height
-        for name, image in zip(wanted, request.images, strict=False):
-            arguments[name] = ImageOps.fit(image.convert("RGB"), size)
-        return arguments
+        first, *_, last = [ImageOps.fit(image.convert("RGB"), size) for image in (request.images * 2)]
+        return arguments | {"image": first} | ({"last_image": last} if self.variant.task == "flf2v" else {})
 
     def sample(self, pipeline: Any, request: SampleRequest) -> list[Image.Image]:
         output = pipeline(

@@ -4,14 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_train_step_measures_a_small_model() -> None:
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]
     command = [
         sys.executable,
         str(ROOT / "benchmarks/train_step.py"),
+        f"--family={family}",
         "--small",
         "--steps=5",
         "--width=64",

@@ -79,6 +79,7 @@ def test_the_defaults_make_valid_settings(base):
     assert train["model"] == {"type": "flux", "dtype": "bfloat16", "timestep_sample_method": "logit_normal",
                               "diffusers_path": str(base / "models/diffusers/flux"), "bypass_guidance_embedding": False,
                               "flux_shift": False, "guidance": 1.0, "max_sequence_length": 512, "sigmoid_scale": 1.0,
+                              "logit_mean": 0.0, "loss_weighting": "none",
                               "min_t": 0.0, "max_t": 1.0, "quantized_matmul": False}  # fmt: skip
     assert train["optimizer"] == {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01, "eps": 1e-8}
     assert train["adapter"] == {"type": "lora", "rank": 32, "dropout": 0.0}
@@ -233,6 +234,13 @@ def test_more_dataset_options_hold_for_all_folders():
     settings = parse_dataset_settings(tables)
     assert (settings.directory[0].trigger_word, settings.subsample_ratio) == ("ohwx", 0.5)
     assert "shuffle_tags" not in tables
+
+
+def test_an_optimizer_may_have_arguments_of_its_own():
+    (table,) = call("OptimizerConfigNode", optimizer_type="Prodigy", lr=1.0,
+                    arguments="d_coef = 0.5\nuse_bias_correction = true\nname = text")  # fmt: skip
+    assert (table["d_coef"], table["use_bias_correction"], table["name"]) == (0.5, True, "text")
+    assert "arguments" not in table
 
 
 def test_adapters_of_every_kind(base):

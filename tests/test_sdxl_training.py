@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -10,12 +11,14 @@ from diffusion_trainer.models import unet
 from diffusion_trainer.utils.adapters import inject
 from diffusion_trainer.utils.run_folder import RunFolder
 from diffusion_trainer.utils.settings import family_of, parse_train_settings
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import Bench, Result, StopsAfter
 
 CPU = torch.device("cpu")
 FROZEN = {"text_encoder_1_lr": 0.0, "text_encoder_2_lr": 0.0}
 LONG = "red " * 90
+SAMPLE = {"prompts": ["a red cat"], "every_n_epochs": 2, "width": 64, "height": 64, "steps": 2, "guidance": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @pytest.fixture(scope="module")
 def plain(bench: Bench) -> Result:
     """The training that others must equal: 2 epochs of 4 steps, all three networks adapted."""
-    return bench.train(epochs=2)
+    return bench.train(epochs=2, sample=SAMPLE)
 
 
 def test_all_three_networks_learn(plain: Result) -> None:
@@ -41,17 +44,24 @@ def test_all_three_networks_learn(plain: Result) -> None:
         assert len(moved) == len(ups), sorted(ups.keys() - moved)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_stages_change_nothing(bench: Bench, plain: Result, stages: int) -> None:
-    """The states that wait for the way up travel between stages, and the text encoders are in the first."""
+    """The states that wait for the way up travel between stages, and the text encoders are in the first; all draw."""
     changes = {"pipeline_stages": stages, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
-    result = bench.launch(stages, epochs=2, **changes)
+    result = bench.launch(stages, epochs=2, sample=SAMPLE, **changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-4)
     assert result.curve("grad_norm") == pytest.approx(plain.curve("grad_norm"), rel=1e-3)
     ours, theirs = plain.lora(), result.lora()
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-2, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+    pixels = [
+        np.asarray(Image.open(run.folder.path / "samples/step000008_00.png")).astype(int) for run in (plain, result)
+    ]
+    assert abs(pixels[0] - pixels[1]).max() <= 2
+    first = np.asarray(Image.open(plain.folder.path / "samples/step000000_00.png")).astype(int)
+    assert abs(pixels[0] - first).max() > 2
 
 
 @pytest.mark.parametrize("step", [1, 5])

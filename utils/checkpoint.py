@@ -26,7 +26,7 @@ from .trained import Trained
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(
@@ -80,11 +80,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, trained: Trained, *, optimizer_state: bool = True, optimizer_groups: bool = True
+    folder: Path,
+    trained: Trained,
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
+    *,
+    optimizer_state: bool = True,
+    optimizer_groups: bool = True,
 ) -> dict[str, Any]:
     """Takes over a checkpoint; returns its progress.
 
     Args:
+        check: Looks at the progress before anything is taken over; raises what is wrong.
         optimizer_state: Also the optimizer's running averages.
         optimizer_groups: Also its numbers, such as weight decay, but never the learning rate.
 
@@ -101,6 +107,7 @@ def load_checkpoint(
         raise SettingsError(
             f"resume_from_checkpoint: '{folder}' has format {progress.get('format')}, this version reads {FORMAT}"
         )
+    check(progress)
     rest: dict[str, Any] = {"values": {}, "groups": []}
     for file in sorted(folder.glob("optimizer-*.pt")):
         part = torch.load(file, map_location="cpu", weights_only=True)

@@ -67,14 +67,23 @@ class Trained:
             for name, p in self.parameters.items()
             if self.owner[name] == self.share.rank
         }
-        wide = not kahan and not offload
-        self.gradients = Gradients(self.parameters, torch.float32 if wide else None)
-        for name, stepped in self.stepped.items():
-            view = self.gradients.views[name]
-            stepped.grad = view if stepped.device == view.device else torch.empty_like(stepped)
+        self.gradients = self._bind_gradients(wide=not kahan and not offload)
         self.optimizers = build(self.stepped)
         self.ema: Ema | None = None
         """Their moving average, where one is kept."""
+
+    def _bind_gradients(self, wide: bool) -> Gradients:
+        """Where gradients are summed, and what the optimizers find them in.
+
+        Args:
+            wide: Sum them in float32.
+        """
+        gradients = Gradients(self.parameters, torch.float32 if wide else None)
+        for name, stepped in self.stepped.items():
+            view = gradients.views[name]
+            apart = stepped.device != view.device or stepped.dtype != view.dtype
+            stepped.grad = torch.empty_like(stepped) if apart else view
+        return gradients
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -86,8 +95,10 @@ class Trained:
         """One update from the gradients as they are."""
         for name, stepped in self.stepped.items():
             view = self.gradients.views[name]
-            if stepped.grad is not None and stepped.device != view.device:
-                stepped.grad.copy_(view)
+            if stepped.grad is not None and stepped.grad is not view:
+                stepped.grad.copy_(view, non_blocking=True)
+        if any(p.is_pinned() for p in self.stepped.values()):
+            torch.cuda.current_stream().synchronize()  # the gradients are here
         for optimizer in self.optimizers:
             optimizer.step()
         if self.ema:
@@ -99,10 +110,24 @@ class Trained:
         """Puts the stepped values where the model computes with them, on all ranks that share them."""
         for name, stepped in self.stepped.items():
             if stepped is not self.parameters[name]:
-                self.parameters[name].copy_(stepped)
+                self.parameters[name].copy_(stepped, non_blocking=True)
         if self.share.size > 1:
             for name, parameter in self.parameters.items():
                 dist.broadcast(parameter.data, group=self.share.group, group_src=self.owner[name])
+
+    def curves(self) -> dict[str, float]:
+        """What optimizers that find their own learning rate have found."""
+        found = {}
+        if distances := [float(group["d"]) for group in self.groups if "d" in group]:
+            found["prodigy_d"] = max(distances)
+        if rates := self.rates():
+            found["automagic_avg_lr"] = (sum(r.sum() for r in rates) / sum(r.numel() for r in rates)).item()  # type: ignore[union-attr]
+        return found
+
+    def rates(self) -> list[torch.Tensor]:
+        """The learning rate of every weight, of optimizers that have one for each."""
+        states = [optimizer.state[p] for optimizer in self.optimizers for p in optimizer.state]
+        return [state["rates"] for state in states if "rates" in state]
 
     @contextmanager
     def averaged(self, ema: bool = False) -> Iterator[None]:

@@ -6,13 +6,12 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.base import Layer, ModelConfig
-from . import attention, storage
+from . import attention, resuming, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
@@ -32,16 +31,21 @@ from .losses import loss_for
 from .metrics import Curves
 from .observation import Observation
 from .offload import BlockSwap, swapped
-from .optimizers import build_optimizers, keeps_kahan_sums
-from .pipeline import Chain, Engine, Link, build_engine, partition
+from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
+from .partitioning import layer_costs, partition
+from .pipeline import Chain, Engine, Link, build_engine
+from .plan import make_plan
 from .position import Position
 from .preparation import Data, Preparation
+from .release import ReleasedTrained
 from .run_folder import RunFolder, Status
-from .sampler import Sampler
+from .sampler import Draw, Sampler
 from .samples import Previews, requests_of
 from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sharding import ShardedTrained, Sharding
 from .trained import Share, Trained
+from .wandb_run import WandbRun, check_wandb
+from .watch import Watch
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -63,6 +67,7 @@ class Trainer:
             settings, dataset, read_sets(settings), self.family, world, folder, self.control, self._global_batch
         )
         self._check_stages()
+        check_wandb(settings)
 
     def _check_stages(self) -> None:
         stages = self.settings.pipeline_stages
@@ -99,24 +104,24 @@ class Trainer:
             logger.info("the cache is complete, and cache_only is on: done")
             self.control.say(state="finished", phase="")
             return
+        self._cache = cache
         engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
-        total = sampler.total_steps(s.epochs)
-        total = min(total, s.max_steps or total)
+        about = resuming.identity(s, self._model, cache.samples, sampler)
         position = Position()
         if self._resume:
             progress = load_checkpoint(
                 newest_checkpoint(self.folder),
                 trained,
+                lambda found: resuming.refuse_changed(found, about, s),
                 optimizer_state=not s.reset_optimizer,
                 optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
             )
-            _refuse_changed(progress, s, len(cache.samples))
-            position = Position(**progress["position"])
-            if s.reset_dataloader:
-                total = min(sampler.total_steps(s.epochs) + position.step_in_epoch, s.max_steps or sys.maxsize)
-                position.step_in_epoch, position.epoch_loss = 0, 0.0
+            position = resuming.go_on(progress, about, s)
             logger.info("resumed after step %d", position.step)
+        total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
+        if s.test_sample:
+            total = position.step
         loader = Loader(
             cache,
             self.family,
@@ -146,12 +151,19 @@ class Trainer:
             self._observation(data, engine, live, trained),
             position,
             total,
-            len(cache.samples),
+            about,
+            Watch(self.world.device, self._planned),
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
-        with Curves(folder, purge_after) as curves:
+        mirror = WandbRun(s, folder) if folder and s.monitoring.enable_wandb else None
+        with Curves(folder, purge_after, mirror) as curves:
             loop.run(curves)
+
+    def _planned(self) -> float:
+        """Bytes that the plan expects on this GPU."""
+        plan = make_plan(self.settings, self.dataset, self.world.size, self.family)
+        return plan.stages[self.world.stage(self.settings.pipeline_stages)].memory.total
 
     def _global_batch(self, bucket: Bucket) -> int:
         """Samples of one step over all processes."""
@@ -174,8 +186,10 @@ class Trainer:
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
+        self._model = resuming.model_identity(self.family, denoiser)
         layers = self.family.layers(denoiser)
-        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split)
+        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
         stage = self.world.stage(s.pipeline_stages)
         rates = {**s.learning_rates, **self.family.learning_rates()}
         sharding = None
@@ -221,8 +235,8 @@ class Trainer:
             self.world,
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
-            max_norm=s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout and not sharding,
+            max_norm=0.0 if s.optimizer.gradient_release else s.gradient_clipping,
+            use_graphs=s.cuda_graphs and not dropout and not sharding and not s.optimizer.gradient_release,
         )
         exporter = Exporter(
             s,
@@ -241,13 +255,25 @@ class Trainer:
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
 
+    def _costs(self, denoiser: nn.Module) -> list[int]:
+        """Arithmetic of each layer for the largest sample."""
+        cache = self._cache
+        sizes = [sample.bucket.width * sample.bucket.height * sample.bucket.frames for sample in cache.samples]
+        plan = [[Draw(sizes.index(max(sizes)), 0, 1.0)]]
+        batch = next(iter(Loader(cache, self.family, self.settings.seed, 1).steps(0, plan)))[0]
+        return layer_costs(self.family, denoiser, batch)
+
     def _trained(
         self, names: dict[nn.Parameter, str], chain: Chain, rates: dict[str, float], sharding: Sharding | None
     ) -> Trained:
         s = self.settings
+        ranks = self.world.size // s.pipeline_stages
+        sizes = s.micro_batch_size_per_gpu
+        micro_batch = sizes if isinstance(sizes, int) else max(size for _, size in sizes)
+        global_batch = micro_batch * s.gradient_accumulation_steps * ranks
 
         def build(parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-            return build_optimizers(s.optimizer, parameters, rates)
+            return build_optimizers(s.optimizer, parameters, rates, global_batch)
 
         if sharding:
             sharding.join(chain)
@@ -256,8 +282,23 @@ class Trainer:
         share = Share(
             grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
         )
-        owners = share if s.zero_stage == 1 else None
-        return Trained(names, chain, build, kahan=keeps_kahan_sums(s.optimizer), owners=owners)
+        kahan = keeps_kahan_sums(s.optimizer)
+        parted = s.pipeline_stages > 1 or s.optimizer.gradient_release or (s.zero_stage == 1 and share.size > 1)
+        if parted and s.optimizer.type.lower().startswith(("prodigy", "dadapt")):
+            logger.warning(
+                "optimizer.type: %s finds one rate from all weights that it sees; here it sees parts of them, each of "
+                "which gets a rate of its own, and losses differ from those of one process",
+                s.optimizer.type,
+            )
+        if s.optimizer.gradient_release:
+            if share.size > 1:
+                raise SettingsError(
+                    "optimizer.gradient_release: steps before the processes that train the same weights have shared "
+                    "gradients; start one process per pipeline stage, or use zero_stage"
+                )
+            return ReleasedTrained(names, chain, build, kahan=kahan)
+        offload, owners = is_offloaded(s.optimizer), share if s.zero_stage == 1 else None
+        return Trained(names, chain, build, kahan=kahan, offload=offload, owners=owners)
 
     def _share_out(
         self, sharding: Sharding, denoiser: nn.Module, layers: Sequence[Layer], rates: dict[str, float]
@@ -289,15 +330,16 @@ class Trainer:
 
     def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
-        device = self.world.device
+        device, read = self.world.device, self.family.denoiser_reader()
         waiting = swapped(layers, mine, self.settings.blocks_to_swap)
         apart = {layer.name for layer in waiting}
-        self.family.load_denoiser(device, denoiser, _parameters(layer for layer in mine if layer.name not in apart))
+        rest = _parameters(layer for layer in mine if layer.name not in apart)
+        self.family.load_denoiser(device, denoiser, rest, read)
         if not waiting:
             return None
         swap = BlockSwap(device)
         for layer in waiting:
-            self.family.load_denoiser(device, denoiser, _parameters([layer]))
+            self.family.load_denoiser(device, denoiser, _parameters([layer]), read)
             swap.take(layer)
         return swap
 
@@ -327,18 +369,6 @@ def prepare_folder(settings: TrainSettings, dataset: DatasetSettings, folder: Ru
     sets = [{"name": name, "config": as_toml(values)} for name, values in read_sets(settings).items()]
     tables = as_toml(settings) | {"dataset": str(folder.dataset_toml), "eval_datasets": sets}
     write_toml(folder.train_toml, tables)
-
-
-def _refuse_changed(progress: dict[str, Any], settings: TrainSettings, num_samples: int) -> None:
-    """Order and noise of the rest depend on these; with others it would not be the same run."""
-    if progress["seed"] != settings.seed:
-        raise SettingsError(f"seed: the checkpoint was made with {progress['seed']}; set that to resume")
-    if progress["num_samples"] != num_samples:
-        logger.warning(
-            "the dataset has %d samples, the checkpoint saw %d: the rest of this epoch differs",
-            num_samples,
-            progress["num_samples"],
-        )
 
 
 def _describe(error: BaseException) -> str:
