@@ -187,42 +187,9 @@ class Trainer:
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
         self._model = resuming.model_identity(self.family, denoiser)
-        layers = self.family.layers(denoiser)
-        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
-        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
-        stage = self.world.stage(s.pipeline_stages)
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        sharding = None
-        swap = None
-        links: Sequence[Layer | Link]
-        if s.zero_stage >= 2:
-            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
-            links = self._share_out(sharding, denoiser, layers, rates)
-        else:
-            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
-            self._adapt(denoiser, rates)
-            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
-            if swap:
-                swap.bind()
-        dropout = bool(s.adapter and s.adapter.drops)
-        chain = Chain(
-            links,
-            s.pipeline_stages,
-            bounds,
-            loss_for(s),
-            Checkpointing(
-                s.activation_checkpointing if s.activation_memory_budget is None else False,
-                self.world.device,
-                random=dropout,
-                compiled=s.compile,
-            ),
-            swap,
-            compiled=s.compile,
-            memory_budget=s.activation_memory_budget,
-        )
-        owners = owners_of(layers, bounds)
+        chain, sharding, owners = self._chain(denoiser, rates)
         adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
-        del layers, links
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         trained = self._trained(names, chain, rates, sharding)
         if s.ema_decay:
@@ -236,7 +203,7 @@ class Trainer:
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=0.0 if s.optimizer.gradient_release else s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout and not sharding and not s.optimizer.gradient_release,
+            use_graphs=s.cuda_graphs and not self._drops and not sharding and not s.optimizer.gradient_release,
         )
         exporter = Exporter(
             s,
@@ -251,9 +218,52 @@ class Trainer:
         stages = None
         if s.pipeline_stages > 1:
             ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
-            stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
+            stages = Stages(owners, engine.grid.get_stage_id(), engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
+
+    @property
+    def _drops(self) -> bool:
+        """Whether a training step draws what it leaves out."""
+        return bool(self.settings.adapter and self.settings.adapter.drops)
+
+    def _chain(
+        self, denoiser: nn.Module, rates: dict[str, float]
+    ) -> tuple[Chain, Sharding | None, dict[nn.Module, int]]:
+        """This stage of ``denoiser`` with its weights, how they are shared out, and which stage has which module."""
+        s = self.settings
+        layers = self.family.layers(denoiser)
+        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
+        stage = self.world.stage(s.pipeline_stages)
+        sharding = None
+        swap = None
+        links: Sequence[Layer | Link]
+        if s.zero_stage >= 2:
+            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
+            links = self._share_out(sharding, denoiser, layers, rates)
+        else:
+            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            self._adapt(denoiser, rates)
+            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
+            if swap:
+                swap.bind()
+        chain = Chain(
+            links,
+            s.pipeline_stages,
+            bounds,
+            loss_for(s),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=self._drops,
+                compiled=s.compile,
+            ),
+            swap,
+            compiled=s.compile,
+            memory_budget=s.activation_memory_budget,
+        )
+        return chain, sharding, owners_of(layers, bounds)
 
     def _costs(self, denoiser: nn.Module) -> list[int]:
         """Arithmetic of each layer for the largest sample."""
