@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 from ..models.base import Encodings, Family
 from .buckets import Bucket
 from .dataset import Sample, collector_off
-from .index import Media, Progress
+from .index import Media, Progress, Stopped
 from .media import UnreadableMedia, read_mask, read_picture, read_whole
 from .randomness import generator
 from .store import Store, Uses
@@ -236,21 +236,23 @@ class Cache:
             self._parts.append(_Part(store, {} if regenerate else present, rank, world))
             return self._parts[-1]
 
+        def make(jobs: dict[str, Job], encode: Callable[[Store, dict[str, Job]], dict[str, str]], store: Store) -> None:
+            try:
+                if jobs:
+                    failed.update(encode(store, jobs))
+            except Stopped:
+                barrier()  # the others come to it, too, and must not be left alone there
+                raise
+            barrier()
+
         with collector_off():
             pictures = self._list_pictures(part(self._media))
-        if pictures.jobs:
-            failed |= work.media(self._media, pictures.jobs)
-        barrier()
-        masks = self._list_masks(part(self._masks))
-        if masks.jobs:
-            failed |= work.masks(self._masks, masks.jobs)
-        barrier()
+        make(pictures.jobs, work.media, self._media)
+        make(self._list_masks(part(self._masks)).jobs, work.masks, self._masks)
         for name, store in self._texts.items():
             with collector_off():
                 texts = self._list_texts(name, part(store))
-            if texts.jobs:
-                failed |= work.texts(name, store, texts.jobs)
-            barrier()
+            make(texts.jobs, partial(work.texts, name), store)
         return failed
 
     def note_use(self, name: str) -> int:
@@ -396,6 +398,7 @@ class _Work:
         """Hands each group to ``use`` with its files as read by the readers, who are some groups ahead."""
         failed: dict[str, str] = {}
         done, total = 0, sum(map(len, groups))
+        self._progress(phase, 0, total)
         for size, begun in self._ahead(store, groups, reading):
             ready: Ready[Job] = []
             for key, job, futures in begun:

@@ -68,6 +68,7 @@ class Preparation:
         """
         s = self.settings
         self.control.say(state="caching")
+        self.control.progress("looking through the dataset")
         with Readers(s.map_num_proc or usual_count(num_local())) as readers:
             samples, report, eval_samples, images = self._on_first_rank(lambda: self._scan_all(readers))
             prompts = prompts_of(s.sample, images)
@@ -81,7 +82,7 @@ class Preparation:
                 self.control.progress,
                 self.world.rank,
                 self.world.size,
-                self.world.barrier,
+                self.control.meet,
                 regenerate=s.regenerate_cache,
             )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}
