@@ -57,7 +57,7 @@ class Listing:
 
     def name(self, source: Source) -> str:
         """Path of a file below the folder."""
-        return str(source)[len(self.folder) + 1 :]
+        return str(source).removeprefix(f"{self.folder}/")
 
     def by_stem(self) -> dict[str, tuple[Source, Stamp]]:
         """The files by path below the folder without suffix, and by that path's last part where it is unique."""
@@ -114,6 +114,10 @@ def find_items(listing: Listing, index: Index) -> list[Item]:
         texts = listed and (listed.get(item.name) or listed.get(source.name))
         _set_captions(item, texts or [listing.archived_texts.get(stem) or beside.get(stem, "")])
         items.append(item)
+    if listed:
+        there = {name for item in items for name in (item.name, item.source.name)}
+        for name in listed.keys() - there:
+            listing.problems[f"{listing.folder}/{name}"] = "has a caption in a list, but is not there"
     return items
 
 
@@ -221,7 +225,8 @@ def _listed_captions(folder: Path) -> dict[str, list[str]]:
 
 
 def _edit_items(path: Path, listing: Listing) -> list[Item]:
-    """The layout with ``source_images/``, ``target_images/`` and instructions that name one of each or more."""
+    """The layout with ``source_images/``, ``target_images/`` and instructions that name one of each or more: each
+    target is made from all the sources."""
     items, folder = [], Path(listing.folder)
     for number, line in _lines(path):
         targets = _names(_first(line, _TARGET_KEYS))
@@ -231,13 +236,14 @@ def _edit_items(path: Path, listing: Listing) -> list[Item]:
         text = _texts(_first(line, _INSTRUCTION_KEYS), f"{path}: line {number}")
         try:
             controls = [_stamped(_below(folder, "source_images", name)) for name in sources]
-            target = _stamped(_below(folder, "target_images", targets[0]))
+            found = [_stamped(_below(folder, "target_images", name)) for name in targets]
         except OSError as error:
-            listing.problems[f"{path}:{number}"] = f"'{error.filename}' is not there"
+            listing.problems[f"{path}:{number}"] = f"'{printable(str(error.filename))}' is not there"
             continue
-        item = Item(*target, name=listing.name(target[0]), controls=controls)
-        _set_captions(item, text)
-        items.append(item)
+        for target, stamp in found:
+            item = Item(target, stamp, listing.name(target), controls=controls)
+            _set_captions(item, text)
+            items.append(item)
     return items
 
 
