@@ -85,6 +85,7 @@ def start(root: Path, fill: bool) -> dict[str, float]:
         files = index.Index(root / "cache" / "index.sqlite", pool)
         samples, report = timed("scan", lambda: dataset.scan(options, files, family))
         timed("remember", lambda: dataset.remember(root / "cache" / "scan", samples))
+        timed("keep", lambda: dataset.keep_for_good(samples))
         store = timed("open cache", lambda: cache.Cache(root / "cache", family, samples))
         timed("fill" if fill else "look for missing", lambda: store.fill(torch.device("cpu"), 64, pool))
     timed("note use", lambda: store.note_use("benchmark"))

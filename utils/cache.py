@@ -129,8 +129,8 @@ class Cache:
         self._folder, self._family, self._uncond, self._further = folder, family, uncond, texts
         self.samples = list(samples)
         self._parts: list[_Part[Any]] = []
-        self._vae_identity = family.identity("vae")
-        self._text_identity = {name: family.identity(name) for name in family.text_encoders}
+        self._media_base = _base("media", family.identity("vae"))
+        self._text_bases = {name: _base("text", family.identity(name)) for name in family.text_encoders}
         root = folder / family.config.type
         self._media, self._masks = Store(root / "media"), Store(root / "masks")
         self._texts = {name: Store(root / f"text-{name}") for name in family.text_encoders}
@@ -139,20 +139,22 @@ class Cache:
 
     def media_key(self, media: Media, bucket: Bucket, start: float | None = None, flip: bool = False) -> str:
         """Key of latents: what is in the file, at which size, through which encoder."""
-        clip = [] if start is None else [self._family.fps, start]
-        return _key("media", self._vae_identity, media.digest, bucket, *clip, *["flipped"] * flip)
+        clip = "" if start is None else f";{self._family.fps};{start}"
+        return _key(f"{media.digest};{bucket}{clip}" + ";flipped" * flip, self._media_base)
 
     def text_key(self, encoder: str, caption: str, controls: Sequence[Media] = ()) -> str:
         """Key of a caption's embeddings."""
-        seen = [c.digest for c in controls] if encoder in self._family.text_sees_controls else []
-        return _key("text", self._text_identity[encoder], caption, *seen)
+        seen = "".join(f"{c.digest};" for c in controls) if encoder in self._family.text_sees_controls else ""
+        return _key(f"{len(seen)};{seen}{caption}", self._text_bases[encoder])
 
     def mask_key(self, sample: Sample, flip: bool) -> str:
         """Key of a sample's mask on the grid of its latents."""
         assert sample.mask
         grid, shape = self._grid(sample.bucket), sample.media.properties
         size = shape.width, shape.height
-        return _key("mask", sample.mask.digest, size, sample.bucket, sample.start, self._family.fps, grid, flip)
+        return _key(
+            str(("mask", sample.mask.digest, *size, *sample.bucket, sample.start, self._family.fps, grid, flip))
+        )
 
     def _grid(self, bucket: Bucket) -> tuple[int, int, int]:
         return self._family.latent_size(bucket.width, bucket.height, bucket.frames)
@@ -257,7 +259,7 @@ class Cache:
 
     def note_use(self, name: str) -> int:
         """Keeps what the dataset ``name`` uses since `fill`, for pruning; returns its bytes."""
-        identity = _key(name, self._vae_identity, *self._text_identity.values())
+        identity = _key(name + "".join(base.hexdigest() for base in (self._media_base, *self._text_bases.values())))
         Uses(self._folder).note(identity, (key for part in self._parts for key in part.keys))
         total = 0
         for part in self._parts:
@@ -484,6 +486,12 @@ def _groups_by(jobs: dict[str, Job], kind: Callable[[Job], Hashable], size: int)
     ]
 
 
-def _key(*parts: object) -> str:
-    text = repr([str(part) for part in parts])
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+def _base(*parts: str) -> hashlib.blake2b:
+    """What keys begin with, hashed once for all."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=20)
+
+
+def _key(text: str, base: hashlib.blake2b | None = None) -> str:
+    digest = base.copy() if base else _base()
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

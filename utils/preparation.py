@@ -19,7 +19,7 @@ from .buckets import Bucket
 from .cache import Cache
 from .config import SettingsError, write_whole
 from .control import Control
-from .dataset import Sample, recall, remember, scan, scan_name
+from .dataset import Sample, keep_for_good, recall, remember, scan, scan_name
 from .dataset_report import Report
 from .index import Index, Media
 from .readers import Readers, usual_count
@@ -74,6 +74,7 @@ class Preparation:
             prompts = prompts_of(s.sample, images)
             everything = [*samples, *(sample for part in eval_samples.values() for sample in part)]
             texts = [(prompt.text, prompt.images) for prompt in prompts]
+            keep_for_good(everything)
             cache = Cache(self._cache_folder, self.family, everything, s.uncond_fraction > 0, texts)
             failed = cache.fill(
                 self.world.device,

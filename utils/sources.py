@@ -16,6 +16,7 @@ from .media import PICTURE_SUFFIXES, Source
 from .video import SUFFIXES as VIDEO_SUFFIXES
 
 SUFFIXES = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+LISTED = SUFFIXES | {".txt", ".tar"}
 BESIDES = frozenset({
     ".txt", ".json", ".jsonl", ".npz", ".npy", ".parquet", ".bak", ".db", ".tar", ".toml", ".md", ".ini", ".csv",
     ".yaml", ".yml", ".caption", ".safetensors", ".log",
@@ -132,25 +133,21 @@ def _walk(folder: str, recursive: bool, skipped: set[str]) -> Iterator[os.DirEnt
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(current) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself
+                    is_folder = False
+                if entry.name[0] == ".":
                     continue
-                if _is_folder(entry):
-                    if recursive:
-                        waiting.append(entry.path)
-                else:
+                if not is_folder:
                     yield entry
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+                elif recursive:
+                    waiting.append(entry.path)
 
 
 def _sort_in(entry: os.DirEntry[str], listing: Listing, archives: dict[str, Stamp]) -> None:
     suffix = _suffix(entry.name)
-    if suffix not in SUFFIXES and suffix not in (".txt", ".tar"):
+    if suffix not in LISTED:
         if suffix not in BESIDES and entry.name != "README":
             listing.problems[entry.path] = "of an unknown kind; rename it if it is a picture or video"
         return
@@ -196,15 +193,15 @@ def _read_caption(path: str) -> str:
 
 
 def _set_captions(item: Item, texts: list[str]) -> None:
-    try:
-        for text in texts:
-            if text.startswith("\0"):
-                raise captions.UnusableCaption(text[1:])
-            if not text.isascii() or len(text) > captions.LONGEST:  # archives and lists may hold anything
-                captions.decode(text.encode("utf-8", "surrogateescape"), "text")
-    except captions.UnusableCaption as problem:
-        item.problem = str(problem)
     item.captions = [text.strip() for text in texts]
+    for text in texts:
+        if text[:1] == "\0":
+            item.problem = text[1:]
+        elif not text.isascii() or len(text) > captions.LONGEST:  # archives and lists may hold anything
+            try:
+                captions.decode(text.encode("utf-8", "surrogateescape"), "text")
+            except captions.UnusableCaption as problem:
+                item.problem = str(problem)
 
 
 def _listed_captions(folder: Path) -> dict[str, list[str]]:
@@ -298,7 +295,8 @@ def _stem(path: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    return name[len(_stem(name)) :].lower()
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
 
 
 def printable(text: str) -> str:
