@@ -1,6 +1,7 @@
 """The trainer's entry: arguments, settings, Trainer(settings).run().
 
 Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, by torchrun, or alone.
+``python train.py --config train.toml --plan`` says what a training will take;
 ``python train.py --config train.toml --prune_cache`` removes from the cache what is no longer used.
 """
 
@@ -28,10 +29,11 @@ SWITCHES = {
     "regenerate_cache": "encode this dataset again",
     "trust_cache": "take the dataset as it was found last time",
     "cache_only": "fill the cache and stop",
+    "test_sample": "draw the samples of [sample] with the model as it is, and stop",
     "reset_dataloader": "when resuming, begin the epoch again",
     "reset_optimizer": "when resuming, take the weights alone",
     "reset_optimizer_params": "when resuming, take weight_decay, betas and so on from --config",
-    "i_know_what_i_am_doing": "accepted; sizes and numbers of resolutions are not limited here",
+    "i_know_what_i_am_doing": "when resuming, go on although the settings are those of another training",
 }
 """Flags that switch on the setting of the same name."""
 
@@ -70,6 +72,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for flag, text in SWITCHES.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     parser.add_argument("--dump_dataset", metavar="DIR", help="write samples as the model will see them, and stop")
+    parser.add_argument("--plan", action="store_true", help="say what the training will take, and stop")
+    parser.add_argument("--gpus", type=int, help="with --plan: number of GPUs; else number_of_gpus")
+    parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="with --plan: of each; else of those here")
     parser.add_argument("--master_port", type=int, help="port that the processes meet at")
     parser.add_argument(
         "--prune_cache",
@@ -106,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             return prune_cache(settings, arguments.prune_cache)
         if dataset is None:
             raise config.SettingsError("dataset: name the dataset's TOML, or put dataset.toml beside the train.toml")
+        if arguments.plan:
+            return plan(arguments, settings, dataset)
         return train(arguments, settings, dataset)
     except config.SettingsError as error:
         print(error, file=sys.stderr)
@@ -115,11 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, DatasetSettings | None]:
     """Settings of the run; the dataset's are None with --check_config when its file is not there."""
     settings_module, config = _module("utils.settings"), _module("utils.config")
-    settings = settings_module.load_train_settings(arguments.config)
     flags: dict[str, Any] = {name: True for name in SWITCHES if getattr(arguments, name)}
     if arguments.dump_dataset:
         flags["dump_dataset"] = arguments.dump_dataset
-    settings = settings.model_copy(update=flags)
+    settings = settings_module.parse_train_settings(config.read_toml(arguments.config) | flags)
     named = arguments.dataset or settings.dataset
     path = Path(named).expanduser() if named else arguments.config.parent / "dataset.toml"
     if not path.is_file() and (arguments.check_config or not named):
@@ -143,6 +149,15 @@ def prune_cache(settings: TrainSettings, days: float) -> int:
     folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
     count, size = _module("utils.store").prune(folder, days)
     print(f"{folder}: {count} files removed, {size / 2**20:.0f} MiB")
+    return 0
+
+
+def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
+    """Prints what the training will take; reads the model's files' headers alone."""
+    module, memory = _module("utils.plan"), arguments.gpu_memory
+    gpu_bytes = module.smallest_gpu() if memory is None else memory * 2**30
+    made = module.make_plan(settings, dataset, arguments.gpus or settings.number_of_gpus)
+    print("\n".join(made.lines(gpu_bytes)))
     return 0
 
 
@@ -176,6 +191,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
                 f"output_dir: '{settings.output_dir}' cannot be written ({error.strerror}); choose another folder"
             )
     folder = _module("utils.run_folder").RunFolder(world.share(found))
+    world.all_see(folder.path)
     if world.rank == 0 and arguments.run_dir is None:
         _log_to_file(folder.log)
     logger.info("run folder %s", folder.path)

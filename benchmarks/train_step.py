@@ -1,6 +1,7 @@
 """Seconds per step, peak memory and FLOPs utilisation of a training at real size, without model files.
 
     python benchmarks/train_step.py [--width 1024 --height 1024 --batch 1 --rank 16 --steps 20] [setting ...]
+    python benchmarks/train_step.py --family wan-14b --width 832 --height 480 --frames 81 [setting ...]
 
 Weights are random and made on the GPU; latents and embeddings are random and come through the trainer's
 own loader. Everything else is what ``train.py`` does: loader, engine, optimizer, curves, status file.
@@ -17,13 +18,16 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+
+from subjects import SUBJECTS, Size
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
 """Measured dense bf16 matrix rates."""
+NUMBERS = {"width": 1024, "height": 1024, "frames": 1, "batch": 1, "rank": 16, "steps": 20}
+"""Options of the command, and their defaults."""
 
 
 def load_package() -> None:
@@ -35,25 +39,9 @@ def load_package() -> None:
     entry.load_package()
 
 
-def random_weights(denoiser: Any, device: Any) -> Callable[[str], Any]:
-    """Values for the parameters of a network without values, made on ``device`` when they are asked for."""
-    import torch
-
-    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
-
-    def read(name: str) -> torch.Tensor:
-        if "norm" in name and len(shapes[name]) == 1 and name.endswith("weight"):
-            return torch.ones(shapes[name], device=device, dtype=torch.bfloat16)
-        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16) * 0.02
-
-    return read
-
-
 def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
     """A trainer whose model and data are random."""
     import torch
-    from diffusers import FluxTransformer2DModel
-    from diffusion_trainer.models.flux import Flux
     from diffusion_trainer.utils.buckets import Bucket
     from diffusion_trainer.utils.cache import Encoded
     from diffusion_trainer.utils.dataset import Sample
@@ -63,36 +51,30 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
-    from diffusion_trainer.utils.weights import build
     from diffusion_trainer.utils.world import join_world
 
     world = join_world()
 
-    class RandomFlux(Flux):
-        def check_files(self) -> None: ...
-
-        def build_denoiser(self) -> Any:
-            shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if arguments.small else {}
-            return build(lambda: FluxTransformer2DModel(guidance_embeds=True, **shape))
-
-        def denoiser_reader(self) -> Any:
-            return random_weights(self.build_denoiser(), world.device)
+    size = Size(arguments.width, arguments.height, arguments.frames, arguments.small)
+    subject = SUBJECTS[arguments.family](size, world.device)
 
     class RandomCache:
         samples: ClassVar = [
             Sample(
-                Media(Source(f"{n}.png"), str(n), Properties(arguments.width, arguments.height)),
-                Bucket(arguments.width, arguments.height),
+                Media(Source(f"{n}"), str(n), Properties(size.width, size.height)),
+                Bucket(size.width, size.height, size.frames),
             )
             for n in range(64)
         ]
 
         def load(self, sample: Sample, view: Any) -> Encoded:
-            text = 768, (512, 4096)
-            return Encoded(
-                {"latents": torch.randn(16, arguments.height // 8, arguments.width // 8).bfloat16()},
-                {"clip_pooled": torch.randn(text[0]).bfloat16(), "t5_embeds": torch.randn(*text[1]).bfloat16()},
+            generator = torch.Generator().manual_seed(int(sample.media.digest))
+            media, text = (
+                {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+                for shapes in (subject.media, subject.text)
             )
+            tokens = {n: torch.randint(49408, shape, generator=generator) for n, shape in subject.tokens.items()}
+            return Encoded(media, text | tokens)
 
     class Benchmark(Trainer):
         profiler: Any = None
@@ -111,7 +93,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
         "max_steps": arguments.steps,
         "micro_batch_size_per_gpu": arguments.batch,
         "steps_per_print": 10**6,
-        "model": {"type": "flux"},
+        "model": {"type": subject.type},
         "adapter": {"type": "lora", "rank": arguments.rank},
         "optimizer": {"type": "adamw", "lr": 1e-4},
     }
@@ -123,7 +105,7 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     run = RunFolder.create(folder)
     prepare_folder(settings, dataset, run)
     trainer = Benchmark(settings, dataset, world, run)
-    trainer.family = RandomFlux(settings.model)
+    trainer.family = subject.family(settings.model)
     trainer.preparation.run = lambda: Data(RandomCache(), {}, {}, [])
     if arguments.profile:
         trainer.profiler = torch.profiler.profile(
@@ -173,7 +155,8 @@ def main() -> None:
     parser.add_argument(
         "settings", nargs="*", default=["activation_checkpointing=true", "activation_checkpointing=false"]
     )
-    for name, default in (("width", 1024), ("height", 1024), ("batch", 1), ("rank", 16), ("steps", 20)):
+    parser.add_argument("--family", choices=list(SUBJECTS), default="flux")
+    for name, default in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--profile", action="store_true", help="print the kernels of two steps")
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
@@ -183,7 +166,7 @@ def main() -> None:
         print(json.dumps(measure(arguments, arguments.settings[0])))
         return
     print(f"{'s/step':>8} {'median':>8} {'peak GiB':>9} {'reserved':>9} {'loss':>8}  setting", flush=True)
-    flags = [f"--{name}={getattr(arguments, name)}" for name in ("width", "height", "batch", "rank", "steps")]
+    flags = [f"--{name}={getattr(arguments, name)}" for name in ("family", *NUMBERS)]
     for setting in arguments.settings:
         switches = [f"--{name}" for name in ("small", "profile") if getattr(arguments, name)]
         command = [sys.executable, __file__, "--one", *flags, *switches, "--", setting]

@@ -8,6 +8,7 @@ blocks_to_swap 0; evaluation off; output_dir and config_save_path empty.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -15,20 +16,19 @@ from typing import Any, ClassVar, Literal
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
 from ..utils.config import SettingsError, Table, option, validate
-from ..utils.environment import Environment
 from ..utils.settings import (
+    AdapterTable,
     Loha,
     Lokr,
     Lora,
     Optimizer,
-    Sampling,
     TrainSettings,
     parse_dataset_settings,
     parse_train_settings,
 )
 from . import comfy
 from .files import copy_path, output_folder, write_copy
-from .schema import SettingsNode, Socket, Widget, widget, widgets
+from .schema import SettingsNode, Socket, Widget, further, widget, widgets
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +44,16 @@ OPTIMIZER_TAKES = {
     "Prodigy": ("lr", "betas", "weight_decay"),
     "automagic": ("weight_decay",),
     "sgd": ("lr", "weight_decay"),
+    "stableadamw": ("lr", "betas", "weight_decay", "eps"),
+    "ScheduleFreeAdamW": ("lr", "betas", "weight_decay", "eps"),
+    "Muon": ("lr", "weight_decay"),
+    "genericoptim": ("lr", "betas", "weight_decay", "eps"),
 }
 """The optimizers on offer and which of the inputs each of them knows."""
 
 
 DISTILLED = ("flux", "flux2", "hunyuan-video")
 """Families whose pipeline takes the built-in guidance, not that of a negative prompt."""
-
-
-SWITCHES = ("convolutions", "use_rslora", "use_dora")
-"""Options of adapters that are left out when they are off: not every kind knows each of them."""
 
 
 class AdapterChoice(Table):
@@ -76,19 +76,19 @@ class OptimizerChoice(Table):
     )
 
 
+class OptimizerArguments(Table):
+    """Whatever else the chosen optimizer takes."""
+
+    arguments: dict[str, Any] = option(
+        {}, "Further arguments of the optimizer, a line such as d_coef = 0.5 for each.", advanced=True
+    )
+
+
 class Betas(Table):
     """The two numbers of the optimizer's ``betas``."""
 
     beta1: float = option(0.9, "Decay of the running average of the gradient.", ge=0, lt=1, step=0.0001)
     beta2: float = option(0.99, "Decay of the running average of the squared gradient.", ge=0, lt=1, step=0.0001)
-
-
-class DistilledGuidance(Table):
-    """The second guidance of the earlier package's sampler node."""
-
-    guidance_value: float | None = option(
-        None, "Guidance for models that have it built in, such as Flux dev. Left out: guidance_scale.", ge=0, le=100,
-        step=0.1)  # fmt: skip
 
 
 class TrainCopy(Table):
@@ -116,9 +116,14 @@ class ModelConfig(SettingsNode):
 
     def generate_model_config(self, model_path: Any, **values: Any) -> tuple[dict[str, Any]]:
         """The [model] table, checked against the options of its family."""
-        table = {**_table("model_path", model_path), **self.read(values)}
+        table = {**linked("model_path", model_path), **self.read(values)}
         validate(family_named(table.get("type")).Config, table, "model")
         return (table,)
+
+
+OLD_ADAPTER_INPUTS = ("type", "rank", "dtype", "init_from_existing", "alpha", "dropout", "target_modules",
+                      "exclude_modules")  # fmt: skip
+ADAPTERS: dict[str, type[AdapterTable]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
 
 
 class AdapterConfigNode(SettingsNode):
@@ -130,9 +135,12 @@ class AdapterConfigNode(SettingsNode):
     RETURN_NAMES = ("adapter_config",)
     OUTPUT_TOOLTIPS = ("The adapter, for General Training Config.",)
     REQUIRED: ClassVar = {"adapter_type": widget(AdapterChoice, "adapter_type", prefix="adapter")}
-    OPTIONAL: ClassVar = widgets(
-        Lora, "rank", "dtype", "init_from_existing", "alpha", "dropout", "target_modules", "exclude_modules",
-        *SWITCHES, prefix="adapter")  # fmt: skip
+    OPTIONAL: ClassVar = {
+        **widgets(Lora, "rank", "dtype", "init_from_existing", "alpha", "dropout", "target_modules", "exclude_modules",
+                  prefix="adapter"),
+        **widgets(Lora, *further(Lora, without=OLD_ADAPTER_INPUTS), prefix="adapter"),
+        **widgets(Lokr, *further(Lokr, without=Lora.model_fields), prefix="adapter"),
+    }  # fmt: skip
 
     def generate_adapter_config(self, **values: Any) -> tuple[dict[str, Any]]:
         """``{"adapter": ...}``, or nothing when all weights are to be trained."""
@@ -140,9 +148,13 @@ class AdapterConfigNode(SettingsNode):
         kind = settings.pop("adapter_type")
         if kind == "none":
             return ({},)
-        table = {"type": kind, **{key: value for key, value in settings.items() if key not in SWITCHES or value}}
-        tables: dict[str, type[Table]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
-        validate(tables[kind], table, "adapter")
+        defaults = {**Lora.model_fields, **Lokr.model_fields}
+        table = {"type": kind, **{key: value for key, value in settings.items()
+                                  if key in OLD_ADAPTER_INPUTS or value != defaults[key].default}}  # fmt: skip
+        validate(ADAPTERS[kind], table, "adapter")
+        fused = table.get("fuse_adapters") or []
+        for entry in fused:
+            entry["path"] = comfy.resolve(entry["path"], "loras")
         return ({"adapter": table},)
 
     @classmethod
@@ -167,6 +179,8 @@ class OptimizerConfigNode(SettingsNode):
         **widgets(Betas, "beta1", "beta2", prefix="optimizer"),
         "weight_decay": widget(Optimizer, "weight_decay", prefix="optimizer", default=0.01, off=None, high=10.0),
         "eps": widget(Optimizer, "eps", prefix="optimizer", default=1e-8, high=1.0),
+        **widgets(Optimizer, "beta2_half_life", "offload", "gradient_release", prefix="optimizer"),
+        "arguments": widget(OptimizerArguments, "arguments", prefix="optimizer"),
     }
 
     def generate_optimizer_config(self, **values: Any) -> tuple[dict[str, Any]]:
@@ -175,6 +189,10 @@ class OptimizerConfigNode(SettingsNode):
         kind = settings.pop("type")
         settings["betas"] = [settings.pop("beta1"), settings.pop("beta2")]
         table = {"type": kind, **{key: settings[key] for key in OPTIMIZER_TAKES[kind] if key in settings}}
+        if "betas" in OPTIMIZER_TAKES[kind] and "beta2_half_life" in settings:
+            table["beta2_half_life"] = settings["beta2_half_life"]
+        table |= {key: True for key in ("offload", "gradient_release") if settings.get(key)}
+        table |= {key: _value(text) for key, text in settings.get("arguments", {}).items()}
         validate(Optimizer, table, "optimizer")
         if kind == "Prodigy" and table.get("lr", 1) < 0.1:
             logger.warning(
@@ -209,57 +227,6 @@ class AdvancedTrainConfig(SettingsNode):
     def VALIDATE_INPUTS(cls, partition_split: str | None = None) -> bool | str:
         """Refuses what is no list of whole numbers."""
         return cls.check(partition_split=partition_split)
-
-
-class TrainingSamplerConfig(SettingsNode):
-    """Pictures or videos that are made while training, to see how it goes. Without a prompt there are none."""
-
-    CATEGORY = CATEGORY
-    FUNCTION = "generate_sampler_config"
-    RETURN_TYPES = ("SAMPLER_CONFIG",)
-    RETURN_NAMES = ("sampler_config",)
-    OUTPUT_TOOLTIPS = ("What to make and when, for General Training Config.",)
-    OPTIONAL: ClassVar = {
-        "sample_every_n_steps": widget(Sampling, "every_n_steps", prefix="sample"),
-        "sample_every_n_epochs": widget(Sampling, "every_n_epochs", prefix="sample", default=1),
-        "num_inference_steps": widget(Sampling, "steps", prefix="sample"),
-        "guidance_scale": widget(Sampling, "guidance", prefix="sample"),
-        "guidance_value": widget(DistilledGuidance, "guidance_value", prefix="sample"),
-        **widgets(Sampling, "height", "width", prefix="sample"),
-        "sample_prompt": widget(Sampling, "prompts", prefix="sample", default="", off=""),
-        **widgets(Sampling, "negative_prompt", "images", "frames", "before_first_step", "true_cfg", prefix="sample"),
-        "sample_seed": widget(Sampling, "seed", prefix="sample"),
-    }  # fmt: skip
-
-    def generate_sampler_config(self, **values: Any) -> tuple[dict[str, Any]]:
-        """The [sample] table, and guidance_value; empty without a prompt."""
-        settings = self.read(values)
-        if not settings.get("prompts"):
-            return ({},)
-        settings["images"] = [comfy.resolve(path) for path in settings.get("images", [])]
-        validate(Sampling, {key: value for key, value in settings.items() if key != "guidance_value"}, "sample")
-        return (settings,)
-
-
-class RunEnvironmentNode(SettingsNode):
-    """Where and how the processes of a training run: GPUs, machines, and what CUDA and NCCL are told."""
-
-    CATEGORY = "Diffusion-Pipe/Train"
-    FUNCTION = "environment"
-    RETURN_TYPES = ("RUN_ENVIRONMENT",)
-    RETURN_NAMES = ("environment",)
-    OUTPUT_TOOLTIPS = ("For Start Training; the run folder's train.toml records it.",)
-    OPTIONAL: ClassVar = widgets(Environment, *Environment.model_fields, prefix="environment")
-
-    def environment(self, **values: Any) -> tuple[dict[str, Any]]:
-        """The [environment] table: what differs from the defaults."""
-        checked = validate(Environment, self.read(values), "environment")
-        return (checked.model_dump(exclude_defaults=True),)
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, visible_gpus: str | None = None, variables: str | None = None) -> bool | str:
-        """Refuses what cannot be read or may not be set."""
-        return cls.check(visible_gpus=visible_gpus, variables=variables)
 
 
 class GeneralConfig(SettingsNode):
@@ -330,19 +297,19 @@ class GeneralConfig(SettingsNode):
         settings = self.read(values)
         copy = settings.pop("config_save_path", "")
         settings["output_dir"] = output_folder(settings["output_dir"])
-        settings |= _table("advanced_config", advanced_config or {})
-        settings["model"] = _table("model_config", model_config)
-        settings["optimizer"] = _table("optimizer_config", optimizer_config)
-        settings |= _table("adapter_config", adapter_config or {})
+        settings |= linked("advanced_config", advanced_config or {})
+        settings["model"] = linked("model_config", model_config)
+        settings["optimizer"] = linked("optimizer_config", optimizer_config)
+        settings |= linked("adapter_config", adapter_config or {})
         files = [{**entry, "config": comfy.resolve(entry["config"])} for entry in settings.get("eval_datasets", [])]
         settings["eval_datasets"] = [*files, *(eval_dataset_config or [])]
         if sampler_config:
-            settings["sample"] = sample = _table("sampler_config", sampler_config)
+            settings["sample"] = sample = linked("sampler_config", sampler_config)
             distilled = sample.pop("guidance_value", None)
             if distilled is not None and settings["model"].get("type") in DISTILLED:
                 sample["guidance"] = distilled
         parse_train_settings(settings)
-        parse_dataset_settings(_table("dataset_config", dataset_config))
+        parse_dataset_settings(linked("dataset_config", dataset_config))
         return settings, settings["output_dir"], write_copy("config_save_path", copy, settings)
 
     @classmethod
@@ -357,7 +324,15 @@ class GeneralConfig(SettingsNode):
         return True
 
 
-def _table(name: str, value: Any) -> dict[str, Any]:
+def _value(text: Any) -> Any:
+    """A number, a list or true and false as such; anything else as the text that it is."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def linked(name: str, value: Any) -> dict[str, Any]:
     """What came through a link, if it is a table."""
     if not isinstance(value, Mapping):
         raise SettingsError(f"{name}: must come from the node of this package that gives it, got {value!r}")

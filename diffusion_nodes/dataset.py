@@ -16,7 +16,7 @@ from ..utils.config import SettingsError, Table, option
 from ..utils.settings import DatasetSettings, Directory, EvalDataset, parse_dataset_settings
 from . import comfy
 from .files import copy_path, write_copy
-from .schema import AUTO, SettingsNode, Socket, widget, widgets
+from .schema import AUTO, SettingsNode, Socket, further, widget, widgets
 
 logger = logging.getLogger(__name__)
 
@@ -283,6 +283,32 @@ class EvalDatasetConfig(_DatasetConfig):
         return cls.check(resolutions=resolutions)
 
 
+class DatasetOptionsNode(SettingsNode):
+    """Every further option of a dataset, for all its folders. What stays as it is has no effect."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "options"
+    RETURN_TYPES = ("DATASET_CONFIG",)
+    RETURN_NAMES = ("dataset_config",)
+    OUTPUT_TOOLTIPS = ("The dataset with these options, for General Training Config and Start Training.",)
+    REQUIRED: ClassVar = {"dataset_config": Socket("DATASET_CONFIG", "The dataset, from General Dataset Config.")}
+    OPTIONAL: ClassVar = widgets(DatasetSettings, *further(
+        DatasetSettings, GeneralDatasetConfig.REQUIRED, GeneralDatasetConfig.OPTIONAL,
+        without=("frame_buckets", "ar_buckets")))  # fmt: skip
+
+    def options(self, dataset_config: Any, **values: Any) -> tuple[dict[str, Any]]:
+        """The tables of a dataset.toml with what differs from the defaults added to the top level."""
+        tables = {**_tables(dataset_config), **{key: value for key, value in self.read(values).items()
+                                                if value != DatasetSettings.model_fields[key].default}}  # fmt: skip
+        parse_dataset_settings(tables)
+        return (tables,)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, size_buckets: str | None = None) -> bool | str:
+        """Refuses sizes that are no list."""
+        return cls.check(size_buckets=size_buckets)
+
+
 class AddDatasetFolderNode(SettingsNode):
     """A further folder for a dataset, with settings of its own; put several in a row for several folders."""
 
@@ -313,15 +339,14 @@ class AddDatasetFolderNode(SettingsNode):
     def add_folder(self, dataset_config: Any, input_path: Any, frame_buckets: list[int] | None = None,
                    ar_buckets: list[Any] | None = None, **values: Any) -> tuple[dict[str, Any]]:  # fmt: skip
         """The tables of a dataset.toml with one more [[directory]]."""
-        if not isinstance(dataset_config, Mapping) or "directory" not in dataset_config:
-            raise SettingsError("dataset_config: must come from a dataset node of this package")
+        before = _tables(dataset_config)
         directory = {**_directory(input_path), **self.read(values)}
         if "resolutions" in directory:
             directory["resolutions"] = as_sizes(directory["resolutions"])
         for key, value in (("frame_buckets", frame_buckets), ("ar_buckets", ar_buckets)):
             if value is not None:
                 directory[key] = value
-        tables = {**dataset_config, "directory": [*dataset_config["directory"], directory]}
+        tables = {**before, "directory": [*before["directory"], directory]}
         parse_dataset_settings(tables)
         return (tables,)
 
@@ -370,6 +395,13 @@ def _checked(**typed: str | None) -> bool | str:
     except SettingsError as error:
         return str(error)
     return True
+
+
+def _tables(dataset_config: Any) -> dict[str, Any]:
+    """What came through a link as the tables of a dataset.toml."""
+    if not isinstance(dataset_config, Mapping) or "directory" not in dataset_config:
+        raise SettingsError("dataset_config: must come from a dataset node of this package")
+    return dict(dataset_config)
 
 
 def _directory(input_path: Any) -> dict[str, Any]:

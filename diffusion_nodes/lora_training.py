@@ -287,6 +287,11 @@ class _Run:
         total = 0.0
         for _ in range(settings.gradient_accumulation):
             value = self._loss(next(self.order), draws) / settings.gradient_accumulation
+            if not value.requires_grad:
+                raise SettingsError(
+                    "model: no gradient comes through it, because something computes its layers in another way "
+                    "(compiled, or quantised by another package); load it with ComfyUI's own loader, or GGUF's"
+                )
             value.backward()
             total += value.item()
         if not math.isfinite(total):

@@ -14,7 +14,7 @@ from ..models import configs, families, family_named
 from ..models.base import ModelConfig
 from ..utils.config import SettingsError, Table, option
 from .model_contracts import Contract, contracts
-from .schema import SettingsNode, Socket, Widget, has_tables, widget
+from .schema import SettingsNode, Socket, Widget, can_be_typed, widget
 
 IN_MODEL_CONFIG = ("type", "dtype", "transformer_dtype", "timestep_sample_method")
 """Options that the ModelConfig node sets for every family."""
@@ -110,7 +110,7 @@ def _further(table: type[ModelConfig], contract: Contract) -> list[str]:
     set_by = {contract.keys.get(key, key) for key in (*contract.required, *contract.optional)}
     own = [key for key in table.model_fields if key not in ModelConfig.model_fields]
     shared = [key for key in ModelConfig.model_fields if key not in IN_MODEL_CONFIG]
-    return [key for key in (*own, *shared) if key not in set_by and not has_tables(table.model_fields[key])]
+    return [key for key in (*own, *shared) if key not in set_by and can_be_typed(table.model_fields[key])]
 
 
 def _input(table: type[ModelConfig], contract: Contract, name: str) -> Widget | Socket:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+NAMES = "input names"
+"""The property in which nodes of the canvas store the names of their values, in the same order."""
 Prompt = dict[str, dict[str, Any]]
 """Node ids to ``{"class_type": ..., "inputs": {name: value or [node_id, output]}}``."""
 

@@ -95,7 +95,7 @@ class Widget:
         if self.kind in ("INT", "FLOAT"):
             options |= {"min": self.low, "max": self.high, "step": _step(self.field, self.kind)}
         if self.kind == "STRING":
-            options["multiline"] = bool(_hint(self.field, "multiline"))
+            options["multiline"] = bool(_hint(self.field, "multiline")) or _is_mapping(self.field)
             if names := comfy.model_names(_hint(self.field, "picker")):
                 options["suggestions"] = names
         if _hint(self.field, "advanced"):
@@ -116,6 +116,8 @@ class Widget:
             raise SettingsError(f"{self.path}: required, but empty")
         if _is_list(self.field):
             return read_list(value, self.path, self._separators())
+        if _is_mapping(self.field):
+            return read_pairs(value, self.path)
         if isinstance(self.kind, list) and isinstance(value, str):
             return next((known for known in self.kind if known.lower() == value.strip().lower()), value)
         if isinstance(value, str) and not self.written and is_path(self.key, self.field):
@@ -258,8 +260,34 @@ def read_list(value: Any, path: str, separators: str = "") -> list[Any]:
     raise SettingsError(f"{path}: must be a list such as {example}, got '{value}'")
 
 
+def read_pairs(value: Any, path: str) -> dict[str, str]:
+    """Numbers by name from what was typed: a line ``name = number`` for each.
+
+    Raises:
+        SettingsError: A line has no ``=``.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    pairs = [line.rpartition("=") for line in str(value).splitlines() if line.strip()]
+    for name, equals, number in pairs:
+        if not equals or not name.strip():
+            raise SettingsError(f"{path}: each line must be such as 'attn = 0.5', got '{number.strip()}'")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
+def can_be_typed(field: FieldInfo) -> bool:
+    """Whether a widget can hold the option; tables have nodes of their own."""
+    return bool(field.description) and (not has_tables(field) or bool(_hint(field, "lines")))
+
+
+def further(table: type[Table], *tables: Mapping[str, Widget | Socket], without: Iterable[str] = ()) -> list[str]:
+    """The options of ``table`` that no input of ``tables`` sets, so that a new option is an input by itself."""
+    done = {entry.key for inputs in tables for entry in inputs.values() if isinstance(entry, Widget)} | set(without)
+    return [key for key, field in table.model_fields.items() if key not in done and can_be_typed(field)]
+
+
 def has_tables(field: FieldInfo) -> bool:
-    """Whether the option is a list of tables, which no widget can hold."""
+    """Whether the option is a table, or a list of tables."""
     return any(isinstance(part, type) and issubclass(part, Table) for member in _members(field)
                for part in (member, *get_args(member)))  # fmt: skip
 
@@ -309,9 +337,13 @@ def _is_list(field: FieldInfo) -> bool:
     return get_origin(_members(field)[0]) is list
 
 
+def _is_mapping(field: FieldInfo) -> bool:
+    return get_origin(_members(field)[0]) is dict
+
+
 def _off(field: FieldInfo, kind: str | list[str]) -> Any:
     if NoneType not in get_args(field.annotation):
-        return None
+        return "" if field.default in ([], {}) else None
     if isinstance(kind, list):
         return AUTO
     if _hint(field, "ui_off") is not None:
@@ -324,6 +356,8 @@ def _shown(value: Any, off: Any) -> Any:
         return off
     if isinstance(value, list):
         return json.dumps(value) if value else ""
+    if isinstance(value, dict):
+        return "\n".join(f"{name} = {number}" for name, number in value.items())
     return value
 
 

@@ -25,6 +25,7 @@ from ..utils.processes import ProcessError
 from ..utils.run_folder import ENDED, RunFolder, Status, duration
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy, files
+from .sample_sheet import sample_sheet
 from .schema import widget
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class Train:
             RuntimeError: The training failed; holds the cause and the end of its log.
         """
         given = {"environment": dict(environment)} if environment else {}
-        train, dataset = _tables({**train_config, **_chosen(run_options), **given}, dataset_config)
+        train, dataset = checked_tables({**train_config, **_chosen(run_options), **given}, dataset_config)
         asked = _asked_run(resume_from_checkpoint, resume, train.pop("resume_from_checkpoint", False))
         identity = hashlib.sha256(json.dumps([train, dataset], sort_keys=True).encode()).hexdigest()
         run = launch.find(identity)
@@ -136,7 +137,7 @@ class Train:
         return _result(run, outcome, unique_id)
 
 
-def _tables(
+def checked_tables(
     train_config: Mapping[str, Any], dataset_config: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checked tables, with absolute paths: the trainer works in another folder than ComfyUI."""
@@ -233,14 +234,16 @@ def _check_machine(num_gpus: int, chosen: list[int]) -> None:
 
 async def _watch(run: launch.Run, node_id: str | None, *, until_it_runs: bool) -> launch.Outcome | None:
     """Shows how the run goes until it ends, or until it is past its start; None in the latter case."""
-    shown = None
+    shown, drawn = None, list[str]()
     while (outcome := await asyncio.to_thread(run.poll)) is None:
         comfy.check_interrupted()
         status = run.status()
         if (text := describe(status)) != shown:
             done, total = _progress(status)
             if total:
-                comfy.progress(node_id, min(done, total), total)
+                picture = sample_sheet(status.samples) if status.samples != drawn else None
+                comfy.progress(node_id, min(done, total), total, picture)
+                drawn = status.samples
             comfy.progress_text(text, node_id)
             shown = text
         if until_it_runs and status.state in ("caching", "training"):
@@ -260,11 +263,12 @@ def describe(status: Status) -> str:
     if status.state in ENDED:
         return status.state
     if status.state == "training":
-        parts = [f"step {status.step}/{status.total_steps}"]
+        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [status.phase])]
         if status.loss is not None:
             parts.append(f"loss {status.loss:.3g}")
         if status.seconds_per_step is not None:
             parts.append(f"{status.seconds_per_step:.2g} s/step")
+        parts += [f"{name} {loss:.3g}" for name, loss in status.eval_losses.items()]
     else:
         count = f" {status.phase_done}/{status.phase_total}" if status.phase_total else ""
         parts = [(status.phase or status.state) + count]

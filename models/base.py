@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from ..utils.config import Dtype, SettingsError, Table, option
 from ..utils.imports import lazy
 from ..utils.weights import fill
@@ -37,7 +39,10 @@ else:
 
 Encodings = Mapping[str, "torch.Tensor | Sequence[torch.Tensor]"]
 """Values of captions by name, batch first; a list where captions differ in length."""
-StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2"]
+StorageDtype = Literal["bfloat16", "float16", "float32", "float8", "float8_e4m3fn", "float8_e5m2", "int8", "nf4"]
+
+
+LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 
 class ModelConfig(Table):
@@ -47,9 +52,21 @@ class ModelConfig(Table):
     dtype: Dtype = option("bfloat16", "Precision that the model computes in.")
     transformer_dtype: StorageDtype | None = option(
         None,
-        "Precision that the frozen transformer weights are stored in; float8 halves their memory. "
-        "Left out: the same as dtype.",
+        "Precision that the frozen transformer weights are stored in; float8 and int8 halve their memory, nf4 (4 bits) "
+        "halves it again. Left out: the same as dtype.",
         also=("diffusion_model_dtype",),
+    )
+    quantized_matmul: bool = option(
+        False,
+        "With transformer_dtype float8 or int8: multiply in that precision as well, activations too. float8 is faster "
+        "on RTX 40 and newer, H100 and newer; int8 on RTX 30.",
+        advanced=True,
+    )
+    text_encoder_dtype: StorageDtype | None = option(
+        None,
+        "Precision that the large text encoders' weights are stored in, for GPUs that cannot hold them otherwise. "
+        "Changes cached captions a little. Left out: the same as dtype.",
+        advanced=True,
     )
     merge_adapters: list[str] | None = option(
         None, "LoRAs that are merged into the model before training, one per line.", lines=True, advanced=True
@@ -60,6 +77,20 @@ class ModelConfig(Table):
     sigmoid_scale: float = option(
         1.0, "Width of the logit_normal distribution; larger reaches more of the ends.", gt=0, step=0.1, advanced=True
     )
+    logit_mean: float = option(
+        0.0,
+        "Middle of the logit_normal distribution: above 0 trains high noise more, below 0 low noise.",
+        ge=-10,
+        le=10,
+        step=0.1,
+        advanced=True,
+    )
+    loss_weighting: LossWeighting = option(
+        "none",
+        "How much the loss at each noise level counts: none all alike, sigma_sqrt low noise much more (1 / t^2), "
+        "cosmap the middle more.",
+        advanced=True,
+    )
     shift: float | None = option(
         None,
         "Moves training towards high noise: t' = shift*t / (1 + (shift - 1)*t). 3 is usual for large pictures.",
@@ -69,6 +100,15 @@ class ModelConfig(Table):
     )
     min_t: float = option(0.0, "Lowest noise level that is trained.", ge=0, lt=1, step=0.001, advanced=True)
     max_t: float = option(1.0, "Highest noise level that is trained.", gt=0, le=1, step=0.001, advanced=True)
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> ModelConfig:
+        if self.min_t >= self.max_t:
+            raise ValueError(f"min_t must be below max_t, got {self.min_t:g} and {self.max_t:g}")
+        return self
+
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -194,10 +234,19 @@ class Family(ABC):
     @property
     def storage(self) -> Storage | None:
         """How the denoiser's linear layers are stored; None: at `dtype`."""
-        name = self.config.transformer_dtype
-        if name in (None, self.config.dtype):
-            return None
-        return stored.Storage(getattr(torch, "float8_e4m3fn" if name == "float8" else str(name)), self.high_precision)
+        return self._storage(self.config.transformer_dtype, self.high_precision)
+
+    def text_storage(self, kept: Sequence[str] = ()) -> Storage | None:
+        """How a large text encoder's linear layers are stored, but those of ``kept``; None: at `dtype`."""
+        return self._storage(self.text_dtype, kept)
+
+    @property
+    def text_dtype(self) -> str | None:
+        """What a large text encoder is stored in; None: `dtype`."""
+        return self.config.text_encoder_dtype
+
+    def _storage(self, name: str | None, kept: Sequence[str]) -> Storage | None:
+        return None if name in (None, self.config.dtype) else stored.Storage.named(str(name), kept)
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -271,6 +320,21 @@ class Family(ABC):
         found in a name counts, 0 freezes. Names without a match take the optimizer's."""
         return {}
 
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        """An example of zeros, shaped as a sample of this size in pixels with a caption of the usual length."""
+        media, text = self.cached_shapes(self.latent_size(width, height, frames))
+        blank = {name: torch.zeros(shape, dtype=self.dtype) for name, shape in media.items()}
+        return Example(
+            blank,
+            {name: torch.zeros(shape, dtype=self.dtype) for name, shape in text.items()},
+            noise=torch.zeros(media["latents"]),
+            quantile=0.5,
+        )
+
+    @abstractmethod
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        """Shapes of what `encode_media` and the text encoders give for a sample with latents of this size."""
+
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weights of latents as weights of the target's elements; broadcasts against ``target``.
 
@@ -290,16 +354,21 @@ class Family(ABC):
         """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision."""
 
     def load_denoiser(
-        self, device: torch.device, denoiser: nn.Module | None = None, only: Container[nn.Parameter] | None = None
+        self,
+        device: torch.device,
+        denoiser: nn.Module | None = None,
+        only: Container[nn.Parameter] | None = None,
+        read: Callable[[str], torch.Tensor] | None = None,
     ) -> nn.Module:
         """The network with its weights, at `dtype` or as stored, on ``device``.
 
         Args:
             denoiser: A network of `build_denoiser`, to be filled in place.
             only: Parameters to read; the others stay on the meta device. Left out: all.
+            read: A `denoiser_reader`, when there is one already.
         """
         denoiser = denoiser or self.build_denoiser()
-        fill(denoiser, self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
+        fill(denoiser, read or self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
         return denoiser
 
     @abstractmethod
@@ -327,12 +396,27 @@ class Family(ABC):
             if not 0 < q < 1:
                 return q
             normal = math.sqrt(2) * _erfinv(2 * q - 1)
-            t = 1 / (1 + math.exp(-normal * self.config.sigmoid_scale))
+            t = 1 / (1 + math.exp(-normal * self.config.sigmoid_scale - self.config.logit_mean))
         return shift * t / (1 + (shift - 1) * t)
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         """Factor of the shift t' = s*t / (1 + (s - 1)*t)."""
         return self.config.shift or 1.0
+
+    def time_weight(self, t_N: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Weight of each sample's loss by its noise level, as ``loss_weighting`` says; broadcasts against ``target``.
+
+        The weightings of Esser et al. 2024 (Stable Diffusion 3), section 3.1. Below t = 0.001 sigma_sqrt grows no
+        more.
+        """
+        match self.config.loss_weighting:
+            case "sigma_sqrt":
+                weight_N = t_N.clamp(min=1e-3) ** -2
+            case "cosmap":
+                weight_N = 2 / (math.pi * (1 - 2 * t_N + 2 * t_N**2))
+            case _:
+                weight_N = torch.ones_like(t_N)
+        return weight_N.view(-1, *[1] * (target.ndim - 1))
 
     def _quantile_of(self, t: float, shift: float) -> float:
         if not 0 < t < 1:
@@ -340,7 +424,8 @@ class Family(ABC):
         t = t / (shift - (shift - 1) * t)
         if self.config.timestep_sample_method == "uniform":
             return t
-        return 0.5 * (1 + math.erf(math.log(t / (1 - t)) / self.config.sigmoid_scale / math.sqrt(2)))
+        normal = (math.log(t / (1 - t)) - self.config.logit_mean) / self.config.sigmoid_scale
+        return 0.5 * (1 + math.erf(normal / math.sqrt(2)))
 
     # -- results ------------------------------------------------------------------------------------
 

@@ -15,13 +15,17 @@ from ..utils.weights import Weights
 from .base import write_json
 
 if TYPE_CHECKING:
+    import huggingface_hub
     import tokenizers
     import torch
 else:
-    tokenizers, torch = map(lazy, ("tokenizers", "torch"))
+    huggingface_hub, tokenizers, torch = map(lazy, ("huggingface_hub", "tokenizers", "torch"))
 
 CLIP_LENGTH = 77
 """Tokens of a text, with those for its start and its end."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+HUB_TOKENIZERS = (("openai/clip-vit-large-patch14", ""), ("stabilityai/stable-diffusion-xl-base-1.0", "tokenizer/"))
+"""Repositories and the folder there."""
 SPECIAL_TOKENS = {
     # Makes CLIP pool at the highest token, its real end token; as in the configurations of Flux and SDXL
     "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
@@ -143,6 +147,15 @@ def chunks(tokenizer: Any, captions: Sequence[str], pad: int) -> list[torch.Tens
         ]
         found.append(torch.tensor(rows))
     return found
+
+
+def cached_tokenizer() -> Path | None:
+    """Folder of CLIP's tokenizer, if it was once fetched from Hugging Face, by itself or with SDXL."""
+    for repository, folder in HUB_TOKENIZERS:
+        files = [huggingface_hub.try_to_load_from_cache(repository, f"{folder}{name}") for name in TOKENIZER_FILES]
+        if all(isinstance(file, str) for file in files):
+            return Path(str(files[0])).parent
+    return None
 
 
 def write_clip_tokenizer(folder: Path, pad: str = "<|endoftext|>") -> int:

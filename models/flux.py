@@ -32,6 +32,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     in_comfyui,
     read_json,
@@ -198,6 +199,8 @@ class Flux(Family):
         if part in self.text_encoders:
             identity["tokenizer"] = fingerprint(self._tokenizer_folder(part))
             identity["length"] = str(CLIP_LENGTH if part == "clip" else self.config.max_sequence_length)
+            if part == "t5" and self.text_dtype:
+                identity["storage"] = self.text_dtype
         return json.dumps(identity)
 
     def _place(self, name: str) -> tuple[Path, str]:
@@ -281,7 +284,8 @@ class Flux(Family):
             model.tie_weights()
             # transformers keeps these in float32 beside float16, where their output overflows
             float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
-            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32)
+            storage = self.text_storage(float32)
+            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32, storage)
             tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)  # type: ignore[attr-defined]
         return TextEncoder(tokenizer, model.eval())
 
@@ -332,10 +336,20 @@ class Flux(Family):
         pooled_ND = torch.stack([example.text["clip_pooled"] for example in examples]).to(self.dtype)
         text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
         guidance_N = torch.full_like(t_N, self.config.guidance)
+        target_NTD = pack(noise_NCHW - x0_NCHW)
         return Batch(
             inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N),
-            target=pack(noise_NCHW - x0_NCHW),
+            target=target_NTD,
+            weight=self.time_weight(t_N, target_NTD),
         )
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        text = {
+            "clip_pooled": (config.pooled_projection_dim,),
+            "t5_embeds": (self.config.max_sequence_length, config.joint_attention_dim),
+        }
+        return {"latents": (config.in_channels // 4, *latent_size[1:])}, text
 
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels = target.shape[-1] // 4

@@ -22,6 +22,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -38,6 +39,8 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
+    StorageDtype,
     fingerprint,
     in_comfyui,
     read_json,
@@ -46,6 +49,9 @@ from .base import (
 )
 from .clip import (
     CLIP_LENGTH,
+    HUB_TOKENIZERS,
+    TOKENIZER_FILES,
+    cached_tokenizer,
     chunks,
     clip_config,
     clip_name,
@@ -125,6 +131,13 @@ class SDXLConfig(ModelConfig):
     )
     timestep_sample_method: Literal["logit_normal", "uniform"] = option("uniform", NO_EFFECT, advanced=True)
     sigmoid_scale: float = option(1.0, NO_EFFECT, gt=0, step=0.1, advanced=True)
+    logit_mean: float = option(0.0, NO_EFFECT, ge=-10, le=10, step=0.1, advanced=True)
+    loss_weighting: Literal["none"] = option(  # type: ignore[assignment]  # a field may be narrower
+        "none", "Only none: SDXL weighs its loss by min_snr_gamma and debiased_estimation_loss.", advanced=True
+    )
+    text_encoder_dtype: StorageDtype | None = option(
+        None, "Has no effect: SDXL's text encoders are small.", advanced=True
+    )
 
     @field_validator("timestep_sample_method")
     @classmethod
@@ -270,7 +283,7 @@ class SDXL(Family):
 
     def _tokenizer_folder(self, part: str) -> Path:
         folder = COMPONENTS[part].folder.replace("text_encoder", "tokenizer")
-        places = [in_comfyui("comfy/sd1_tokenizer")]
+        places = [in_comfyui("comfy/sd1_tokenizer"), cached_tokenizer()]
         if self.config.diffusers_path:
             places.insert(0, Path(self.config.diffusers_path).expanduser() / folder)
         if value := self.config.tokenizer_path:
@@ -280,7 +293,8 @@ class SDXL(Family):
                 return place
         raise SettingsError(
             f"model.tokenizer_path: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
-            "'tokenizer' of SDXL in diffusers layout, or ComfyUI's 'comfy/sd1_tokenizer'"
+            "'tokenizer' of SDXL in diffusers layout, or ComfyUI's 'comfy/sd1_tokenizer'; or fetch it once with: "
+            f"hf download {HUB_TOKENIZERS[0][0]} {' '.join(TOKENIZER_FILES)}"
         )
 
     def _markers(self) -> Container[str]:
@@ -347,19 +361,23 @@ class SDXL(Family):
         tokens = chunks(encoder.tokenizer, captions, pad)
         if name in self.trained:
             return {f"{name}_tokens": tokens}
-        return self._embed_texts(name, encoder.model, tokens)
+        return self._embed_texts(name, encoder.model, tokens, encoder.model.device)
 
-    def _embed_texts(self, name: str, model: Any, tokens: Sequence[torch.Tensor]) -> Encodings:
+    def _embed_texts(
+        self, name: str, model: Any, tokens: Sequence[torch.Tensor], device: torch.device
+    ) -> dict[str, list[torch.Tensor]]:
         """Embeddings of texts, each given as (pieces, tokens): the penultimate states of all pieces one after
         another, and for the second encoder the pooled text of the first piece."""
+        pieces_P1L = torch.cat(list(tokens))[:, None].to(device)
+        values: Tensors = (pieces_P1L,) * (PLACES[name] + 1)
         with torch.no_grad():
-            output = model(torch.cat(list(tokens)).to(model.device), output_hidden_states=True)
+            for layer in _text_layers(model, name):
+                values = layer.forward(SimpleNamespace(**layer.submodules), *values)
         counts = [len(pieces) for pieces in tokens]
-        embeds = [part.flatten(0, 1).to(self.dtype) for part in output.hidden_states[-2].split(counts)]
+        embeds = [part.flatten(0, 1).to(self.dtype) for part in values[PLACES[name]].split(counts)]
         if name == "clip_l":
             return {"clip_l_embeds": embeds}
-        pooled = [part[0].to(self.dtype) for part in output.text_embeds.split(counts)]
-        return {"clip_g_embeds": embeds, "clip_g_pooled": pooled}
+        return {"clip_g_embeds": embeds, "clip_g_pooled": [part[0].to(self.dtype) for part in values[-1].split(counts)]}
 
     # -- the networks -------------------------------------------------------------------------------
 
@@ -402,7 +420,7 @@ class SDXL(Family):
                 del body.encoder.layers[-1]
                 body.final_layer_norm = nn.Identity()
             denoiser[COMPONENTS[name].folder] = model
-        return denoiser
+        return denoiser.to(self.dtype)  # what other stages have is never read, but asked for its precision
 
     def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
         readers = {COMPONENTS[part].folder: self._reader(part) for part in ("unet", *self.trained)}
@@ -450,6 +468,24 @@ class SDXL(Family):
             target=target_NCHW,
             weight=self.loss_weight(t_N)[:, None, None, None],
         )
+
+    def blank_example(self, width: int, height: int, frames: int = 1) -> Example:
+        example = super().blank_example(width, height, frames)
+        tokens = {f"{name}_tokens" for name in self.trained}
+        example.text |= {name: value.long() for name, value in example.text.items() if name in tokens}
+        return example
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        text: dict[str, tuple[int, ...]] = {}
+        for name in self.text_encoders:
+            if name in self.trained:
+                text[f"{name}_tokens"] = (1, CLIP_LENGTH)
+                continue
+            config = self._text_config(name)
+            text[f"{name}_embeds"] = (CLIP_LENGTH, config["hidden_size"])
+            if name == "clip_g":
+                text["clip_g_pooled"] = (config["projection_dim"],)
+        return {"latents": (4, *latent_size[1:])}, text
 
     def _noise(self, example: Example) -> torch.Tensor:
         if not self.config.noise_offset:
@@ -508,7 +544,8 @@ class SDXL(Family):
         if folder == "unet":
             return f"lora_unet_{inner.replace('.', '_')}"
         number = 1 if folder == "text_encoder" else 2
-        inner = f"text_model.{inner.removeprefix('text_model.')}"
+        if not inner.startswith("text_projection"):
+            inner = f"text_model.{inner.removeprefix('text_model.')}"
         return f"lora_te{number}_{inner.replace('.', '_')}"
 
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -554,7 +591,8 @@ class SDXL(Family):
             folder = COMPONENTS[name].folder
             models[folder] = tokenizers[folder] = None
             if name in self.trained:
-                models[folder] = self._live_text_model(name, denoiser[folder], device)
+                live = getattr(denoiser, folder)
+                models[folder] = self._whole(name, live, device) if text_encoders else live
             elif text_encoders:
                 models[folder] = self._load_text_model(name, device)
             if text_encoders:
@@ -569,13 +607,13 @@ class SDXL(Family):
             text_encoder_2=models["text_encoder_2"],
             tokenizer=tokenizers["text_encoder"],
             tokenizer_2=tokenizers["text_encoder_2"],
-            unet=denoiser["unet"],
+            unet=denoiser.unet,
             scheduler=diffusers.EulerDiscreteScheduler.from_config(schedule),
             add_watermarker=False,
         )
 
-    def _live_text_model(self, name: str, live: Any, device: torch.device) -> Any:
-        """The whole of a text encoder that is trained: with the end that training leaves out."""
+    def _whole(self, name: str, live: Any, device: torch.device) -> Any:
+        """A text encoder that is trained, with the end that training leaves out."""
         if name != "clip_l":
             return live
         whole = self._load_text_model(name, device)
@@ -603,7 +641,7 @@ class SDXL(Family):
             found = dict(text)
             for name in self.trained:
                 model = getattr(pipeline, COMPONENTS[name].folder)
-                values = self._embed_texts(name, model, [text[f"{name}_tokens"]])
+                values = self._embed_texts(name, model, [text[f"{name}_tokens"]], pipeline._execution_device)
                 found |= {key: value[0] for key, value in values.items()}
             return found
 
@@ -646,17 +684,18 @@ PLACES = {"clip_l": 4, "clip_g": 5}
 
 
 def _text_layers(model: Any, name: str) -> list[Layer]:
+    """The links that compute the penultimate states and, of the second encoder, the pooled text."""
     body, folder, at = _body(model), COMPONENTS[name].folder, PLACES[name]
     blocks = list(body.encoder.layers)
-    last = blocks.pop() if name == "clip_g" else None
-    end_token = body.eos_token_id if last is not None else None
+    penultimate = model.config.num_hidden_layers - 1
+    end_token = body.eos_token_id if name == "clip_g" else None
     embed = partial(_embed_tokens, at=at, end_token=end_token)
     layers = [Layer(f"{folder}.embeddings", embed, {"embeddings": body.embeddings})]
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks[:penultimate]):
         forward = partial(_text_block, at=at)
         layers.append(Layer(f"{folder}.encoder.layers.{index}", forward, {"block": block}, is_block=True))
-    if last is not None:
-        modules = {"block": last, "norm": body.final_layer_norm, "projection": model.text_projection}
+    if name == "clip_g":
+        modules = {"block": blocks[penultimate], "norm": body.final_layer_norm, "projection": model.text_projection}
         layers.append(Layer(f"{folder}.pool", partial(_pool, at=at), modules, is_block=True))
     return layers
 
@@ -702,7 +741,7 @@ def _miniature_parts(vocabulary: int) -> dict[str, Any]:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(8, 8, 16),
             layers_per_block=2, transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 1, 1),
-            cross_attention_dim=24, norm_num_groups=8, use_linear_projection=True, addition_embed_type="text_time",
+            cross_attention_dim=24, norm_num_groups=4, use_linear_projection=True, addition_embed_type="text_time",
             addition_time_embed_dim=8, projection_class_embeddings_input_dim=64),
         "vae": diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

@@ -202,7 +202,7 @@ def config_of(weights: Weights, pooled_width: int) -> dict[str, Any]:
         "transformer_layers_per_block": tuple(max(1, depth) for depth in depths),
         "attention_head_dim": tuple(max(1, width // 64) for width in channels),  # the number of heads, in truth
         "cross_attention_dim": weights.shape(attention)[1],
-        "norm_num_groups": math.gcd(32, *channels),
+        "norm_num_groups": math.gcd(32, *(width // 2 for width in channels)),  # of two channels at least
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": (weights.shape("label_emb.0.0.weight")[1] - pooled_width) // 6,

@@ -35,6 +35,7 @@ from .base import (
     Layer,
     ModelConfig,
     SampleRequest,
+    Shapes,
     fingerprint,
     read_json,
     require_path,
@@ -65,13 +66,10 @@ if TYPE_CHECKING:
     from diffusers.pipelines.wan import pipeline_wan
     from PIL import Image, ImageOps
     from torch import nn
-
-    from ..utils import storage as stored
 else:
     diffusers, sentencepiece, torch, transformers = map(lazy, ("diffusers", "sentencepiece", "torch", "transformers"))
     nn, Image, ImageOps = map(lazy, ("torch.nn", "PIL.Image", "PIL.ImageOps"))
     pipeline_wan = lazy("diffusers.pipelines.wan.pipeline_wan")
-    stored = lazy(__name__.split(".models.")[0] + ".utils.storage")
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +162,10 @@ class Wan(Family):
     float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     high_precision = ("^condition_embedder", "^proj_out")
 
+    @property
+    def text_dtype(self) -> str | None:
+        return self.config.text_encoder_dtype or ("float8" if self.config.text_encoder_fp8 else None)
+
     # -- files ------------------------------------------------------------------------------------
 
     def check_files(self) -> None:
@@ -194,7 +196,7 @@ class Wan(Family):
         if part == "umt5":
             folder = self._tokenizer_folder()
             identity["tokenizer"] = fingerprint(folder) if folder else ""
-            identity["storage"] = "float8" if self.config.text_encoder_fp8 else ""
+            identity["storage"] = self.text_dtype or ""
         elif self.variant.task != "t2v":
             identity["task"] = self.variant.task
             identity["clip"] = fingerprint(self._place("clip")[0]) if self.variant.has_clip else ""
@@ -344,10 +346,7 @@ class Wan(Family):
         model.tie_weights()
         # transformers keeps these in float32 beside float16, where their output overflows
         float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
-        storage = stored.Storage(torch.float8_e4m3fn, float32) if self.config.text_encoder_fp8 else None
-        fill(model, umt5_reader(source), self.dtype, device, float32, storage)
-        if storage:
-            _hide_weights(model)
+        fill(model, umt5_reader(source), self.dtype, device, float32, self.text_storage(float32))
         return TextEncoder(self._load_tokenizer(), model.eval())
 
     def _load_tokenizer(self) -> Any:
@@ -417,7 +416,19 @@ class Wan(Family):
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        return Batch(inputs=tuple(inputs), target=noise_NCFHW - x0_NCFHW)
+        target_NCFHW = noise_NCFHW - x0_NCFHW
+        return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
+
+    def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+        config: Any = self.build_denoiser().config
+        media: dict[str, tuple[int, ...]] = {"latents": (self.variant.channels, *latent_size)}
+        if self.variant.task != "t2v":
+            media["condition"] = media["latents"]
+        if self.variant.has_clip:
+            clip = clip_config(self._source("clip"))
+            tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+            media["image_embeds"] = (tokens * (1 if self.variant.task == "i2v" else 2), config.image_dim)
+        return media, {"umt5_embeds": (TEXT_LENGTH, config.text_dim)}
 
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         if self.config.shift is None and self.config.flux_shift:
@@ -453,18 +464,18 @@ class Wan(Family):
         return diffusers.WanImageToVideoPipeline(**parts)
 
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
+        """As `Family.prompt_arguments`; first-and-last-frame models end on the last picture, which may be the first."""
         arguments: dict[str, Any] = {
             f"{prefix}prompt_embeds": _padded([text["umt5_embeds"]]).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
-        wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[self.variant.task]
-        if len(request.images) < len(wanted):
-            frames = "the first and the last frame" if len(wanted) > 1 else "the first frame"
-            raise SettingsError(f"sample: this {self.title} model starts from pictures; give {frames}")
+        if self.variant.task == "t2v":
+            return arguments
+        if not request.images:
+            raise SettingsError(f"sample: this {self.title} model draws from a first frame; give a picture")
         size = request.width, request.height
-        for name, image in zip(wanted, request.images, strict=False):
-            arguments[name] = ImageOps.fit(image.convert("RGB"), size)
-        return arguments
+        first, *_, last = [ImageOps.fit(image.convert("RGB"), size) for image in (request.images * 2)]
+        return arguments | {"image": first} | ({"last_image": last} if self.variant.task == "flf2v" else {})
 
     def sample(self, pipeline: Any, request: SampleRequest) -> list[Image.Image]:
         output = pipeline(
@@ -518,15 +529,6 @@ def _refuse_two_experts(root: Path) -> None:
                 f"model.transformer_path: '{root}' holds two transformers; give '{root / high}' and min_t = 0.875 "
                 f"(image-to-video 0.9) for high noise, or '{root / low}' and that as max_t for low noise"
             )
-
-
-def _hide_weights(model: Any) -> None:
-    """transformers' feed-forward layers convert what they compute to the dtype in which ``wo`` is stored, unless it
-    has no weight."""
-    for module in model.modules():
-        if type(module).__name__ == "UMT5DenseGatedActDense" and isinstance(module.wo, stored.StoredLinear):
-            module.wo = nn.Sequential(module.wo)
-            module.wo.weight = None
 
 
 # -- links of the chain -----------------------------------------------------------------------------------

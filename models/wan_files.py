@@ -136,11 +136,12 @@ BLOCK_MODULES = {
     "norm_added_k": "norm_k_img", "norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
 }  # fmt: skip
 KNOWN = {
-    True: {"patch_embedding", "time_embedding", "time_projection", "text_embedding", "img_emb", "blocks", "head",
-           "scaled_fp8"},
-    False: {"patch_embedding", "condition_embedder", "blocks", "scale_shift_table", "proj_out", "scaled_fp8"},
-}  # fmt: skip
+    True: {"patch_embedding", "time_embedding", "time_projection", "text_embedding", "img_emb", "blocks", "head"},
+    False: {"patch_embedding", "condition_embedder", "blocks", "scale_shift_table", "proj_out"},
+}
 """First parts of the names in an original (True) and a library file; anything else is of another variant."""
+MARKS = {"scaled_fp8", "model_type"}
+"""First parts of the names of tensors that only say something about the file."""
 
 
 def original_name(name: str) -> str:
@@ -189,7 +190,7 @@ def transformer_config(source: Source, head_dim: int = HEAD_DIM) -> dict[str, An
 
 def foreign_parts(source: Source) -> list[str]:
     """Parts of a transformer that text-to-video and image-to-video models do not have."""
-    return sorted({name.split(".")[0] for name in source.weights} - KNOWN[source.original])
+    return sorted({name.split(".")[0] for name in source.weights} - KNOWN[source.original] - MARKS)
 
 
 # -- VAE ------------------------------------------------------------------------------------------------------

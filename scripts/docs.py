@@ -29,23 +29,11 @@ UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae":
          "lora": "LoRA"}  # fmt: skip
 WORDS = {
     "en": {"inputs": "Inputs", "outputs": "Outputs", "input": "Input", "type": "Type", "default": "Default",
-           "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced"},
+           "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced",
+           "nodes": "Nodes", "node": "Node"},
     "zh": {"inputs": "输入", "outputs": "输出", "input": "输入", "type": "类型", "default": "默认值", "range": "范围",
-           "meaning": "说明", "output": "输出", "link": "连线", "advanced": "高级"},
-}  # fmt: skip
-EXAMPLE_TRAIN: dict[str, Any] = {
-    "output_dir": "/data/training/my_lora", "epochs": 100, "micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1, "gradient_clipping": 1.0, "warmup_steps": 20, "lr_scheduler": "constant",
-    "pipeline_stages": 1, "activation_checkpointing": True, "save_every_n_epochs": 10, "save_dtype": "bfloat16",
-    "checkpoint_every_n_minutes": 60,
-    "model": {"type": "flux", "diffusers_path": "/data/models/FLUX.1-dev", "dtype": "bfloat16",
-              "transformer_dtype": "float8", "flux_shift": True},
-    "adapter": {"type": "lora", "rank": 32},
-    "optimizer": {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01},
-}  # fmt: skip
-EXAMPLE_DATASET: dict[str, Any] = {
-    "resolutions": [512], "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0, "num_ar_buckets": 7,
-    "directory": [{"path": "/data/pictures", "num_repeats": 1}],
+           "meaning": "说明", "output": "输出", "link": "连线", "advanced": "高级", "nodes": "节点",
+           "node": "节点"},
 }  # fmt: skip
 
 
@@ -136,6 +124,21 @@ def node_page(name: str, language: str) -> str:
     return "\n".join(lines)
 
 
+def nodes_page(language: str) -> str:
+    """The table of all nodes, by their place in ComfyUI's menu."""
+    nodes, words = package("nodes"), WORDS[language]
+    by_place: dict[str, list[list[str]]] = {}
+    for name, cls in nodes.NODE_CLASS_MAPPINGS.items():
+        page = f"../web/docs/{name}.md" if language == "en" else f"../web/docs/{name}/zh.md"
+        title = _in(language, "nodes", name, nodes.NODE_DISPLAY_NAME_MAPPINGS[name])
+        row = [f"[{title}]({page})", f"`{name}`", _text(language, _description(cls))]
+        by_place.setdefault(cls.CATEGORY, []).append(row)
+    lines = [f"# {words['nodes']}", ""]
+    for place, rows in by_place.items():
+        lines += [f"## {place}", "", *_table([words["node"], "id", words["meaning"]], rows), ""]
+    return "\n".join(lines)
+
+
 def _input_row(language: str, name: str, kind: Any, options: Mapping[str, Any]) -> list[str]:
     choices = ", ".join(f"`{choice}`" for choice in kind) if isinstance(kind, (list, tuple)) else ""
     span = f"{options['min']} … {options['max']}" if "min" in options and "max" in options else choices
@@ -186,6 +189,8 @@ def _option_row(name: str, field: Any) -> list[str]:
 
 
 def _type_name(annotation: Any) -> str:
+    if getattr(annotation, "__origin__", None) is dict:
+        return "table of numbers by name"
     if isinstance(annotation, type) and not get_args(annotation):
         return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.get(
             annotation.__name__, "table")  # fmt: skip
@@ -205,15 +210,17 @@ def example(title: str, values: Mapping[str, Any], table: Any, tables: Mapping[s
         ("", {k: v for k, v in values.items() if k not in nested}, table)
     ]
     for key, value in nested.items():
-        sections.append(
-            (f"[[{key}]]", value[0], tables[key]) if isinstance(value, list) else (f"[{key}]", value, tables[key])
-        )
+        rows = value if isinstance(value, list) else [value]
+        head = f"[[{key}]]" if isinstance(value, list) else f"[{key}]"
+        sections += [(head, row, tables[key]) for row in rows]
+    told: set[str] = set()
     for head, entries, owner in sections:
         lines += ["", *([head] if head else [])]
         for key, value in entries.items():
-            lines += textwrap.wrap(
-                owner.model_fields[key].description or "", 100, initial_indent="# ", subsequent_indent="# "
-            )
+            if f"{head}{key}" not in told:  # once for all [[directory]] tables
+                told.add(f"{head}{key}")
+                text = owner.model_fields[key].description or ""
+                lines += textwrap.wrap(text, 100, initial_indent="# ", subsequent_indent="# ")
             lines.append(
                 tomli_w.dumps({key: value})
                 .strip()
@@ -245,13 +252,18 @@ def _files() -> dict[Path, str]:
         result[ROOT / "web/docs" / f"{name}.md"] = node_page(name, "en")
         result[ROOT / "web/docs" / name / "zh.md"] = node_page(name, "zh")
     result[ROOT / "docs/options.md"] = options_page()
-    result[ROOT / "configs/flux_lora.toml"] = example(
-        "A LoRA for Flux: deepspeed --num_gpus=1 train.py --deepspeed --config configs/flux_lora.toml",
-        EXAMPLE_TRAIN, settings.TrainSettings,
-        {"model": families["flux"].Config, "adapter": settings.Lora, "optimizer": settings.Optimizer})  # fmt: skip
-    result[ROOT / "configs/dataset.toml"] = example(
-        "Pictures to train on, each with its caption beside it: a.png and a.txt",
-        EXAMPLE_DATASET, settings.DatasetSettings, {"directory": settings.Directory})  # fmt: skip
+    result[ROOT / "docs/nodes.md"], result[ROOT / "docs/nodes.zh.md"] = map(nodes_page, LANGUAGES)
+    examples = importlib.import_module("examples")
+    tables = {"optimizer": settings.Optimizer, "sample": settings.Sampling, "eval_datasets": settings.EvalDataset,
+              "environment": package("utils.environment").Environment}  # fmt: skip
+    for name, (title, values) in examples.TRAIN.items():
+        own = {"model": families[values["model"]["type"]].Config, "adapter": settings.Lora}
+        head = f"{title}: {examples.COMMAND.format(name=name)}"
+        result[ROOT / "configs" / name] = example(head, values, settings.TrainSettings, tables | own)
+    for name, (title, values) in examples.DATASET.items():
+        result[ROOT / "configs" / name] = example(
+            title, values, settings.DatasetSettings, {"directory": settings.Directory}
+        )
     return result
 
 

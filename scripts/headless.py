@@ -1,10 +1,10 @@
 """Runs a workflow file through this package's nodes without ComfyUI, by ComfyUI's rules.
 
-    python scripts/headless.py workflow.json --base-directory DIR [--set NODE_ID.input=value]...
+    python scripts/headless.py workflow.json --base-directory DIR [--package FOLDER]... [--set NODE_ID.input=value]...
 
 Takes what the canvas saves and what "Export (API)" saves. Values, links, types, bounds and choices are
 checked as ComfyUI checks them, but any error refuses the whole workflow. Core nodes that show text are
-there under their ids; nodes of other packages are not.
+there under their ids; nodes of other packages where --package names their folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,21 +71,32 @@ def load_package() -> Any:
     return sys.modules[PACKAGE]
 
 
-def node_classes() -> dict[str, type]:
-    """The nodes that a workflow may use, by id."""
-    return {**load_package().NODE_CLASS_MAPPINGS, "PreviewAny": PreviewAny}
+def node_classes(packages: Iterable[Path] = ()) -> dict[str, type]:
+    """The nodes that a workflow may use, by id: ours, and those of other packages' folders."""
+    known = {**load_package().NODE_CLASS_MAPPINGS, "PreviewAny": PreviewAny}
+    for folder in packages:
+        spec = importlib.util.spec_from_file_location(str(folder), folder / "__init__.py")
+        if spec is None or spec.loader is None or not (folder / "__init__.py").is_file():
+            raise WorkflowError(f"{folder}: is not the folder of a package of nodes")
+        module = sys.modules[str(folder)] = importlib.util.module_from_spec(spec)  # named by its path, as in ComfyUI
+        spec.loader.exec_module(module)
+        known |= module.NODE_CLASS_MAPPINGS
+    return known
 
 
-def run_file(workflow: Path, base_directory: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Result]:
+def run_file(
+    workflow: Path, base_directory: Path, overrides: Mapping[str, Any] | None = None, packages: Iterable[Path] = ()
+) -> dict[str, Result]:
     """Runs ``workflow`` with ``base_directory`` as ComfyUI's and returns what each node gave, by node id.
 
     Args:
         overrides: Input values by ``node_id.input``.
+        packages: Folders of other packages of nodes.
 
     Raises:
         WorkflowError: The file or a value in it cannot be used; nothing has run.
     """
-    ours, classes = load_package().NODE_CLASS_MAPPINGS, node_classes()
+    ours, classes = load_package().NODE_CLASS_MAPPINGS, node_classes(packages)
     importlib.import_module(f"{PACKAGE}.diffusion_nodes.comfy").set_base_directory(base_directory)
     convert = importlib.import_module(f"{PACKAGE}.scripts.workflow").to_prompt
     try:
@@ -266,10 +277,11 @@ def main() -> int:
     parser.add_argument(
         "--set", type=_assignment, action="append", default=[], metavar="NODE_ID.input=value", dest="values"
     )
+    parser.add_argument("--package", type=Path, action="append", default=[], help="folder of another package of nodes")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        results = run_file(arguments.workflow, arguments.base_directory, dict(arguments.values))
+        results = run_file(arguments.workflow, arguments.base_directory, dict(arguments.values), arguments.package)
     except ValueError as error:  # a workflow or setting that was refused: the text is for the user
         sys.stderr.write(f"{error}\n")
         return 2

@@ -85,9 +85,11 @@ def _widget_values(node: Mapping[str, Any], cls: type) -> dict[str, Any]:
     defaults = {name: default for name, default in names if name is not None}
     if isinstance(stored, Mapping):
         return {name: stored.get(name, default) for name, default in defaults.items()}
-    given = saved_workflows.by_name(node["type"], stored)
+    known = (node.get("properties") or {}).get(saved_workflows.NAMES)
+    given = None if known else saved_workflows.by_name(node["type"], stored)
     if given is None:
-        given = {name: value for (name, _), value in zip(names, stored, strict=False) if name is not None}
+        order = known or [name for name, _ in names]
+        given = {name: value for name, value in zip(order, stored, strict=False) if name in defaults}
     return {**defaults, **given}
 
 

@@ -26,7 +26,7 @@ const context = await chromium.launchPersistentContext(profile, {
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', headless: true,
   viewport: { width: 2300, height: 1640 }, args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking'],
 })
-const seen = { errors: [], missing: [], widgets: {}, drawn: [], outcome: null }
+const seen = { errors: [], missing: [], widgets: {}, stored: {}, drawn: [], outcome: null }
 try {
   const page = context.pages()[0] ?? await context.newPage()
   const outside = address => /^https?:/.test(address.href) && address.host !== new URL(url).host
@@ -71,6 +71,7 @@ try {
   await page.waitForTimeout(2000)
   seen.widgets = await page.evaluate(() => Object.fromEntries(window.app.graph.nodes.map(
     node => [node.id, Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value]))])))
+  seen.stored = await page.evaluate(() => Object.fromEntries(window.app.graph.serialize().nodes.map(node => [node.id, node])))
   seen.drawn = await page.evaluate(() => [...window.drawn,
     ...[...document.querySelectorAll('[data-node-id] input')].map(input => input.value)])
   await page.screenshot({ path: picture })

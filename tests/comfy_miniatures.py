@@ -36,8 +36,16 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 UNETS["sd15"] = UNETS["sdxl"] | {"num_classes": None, "adm_in_channels": None, "use_linear_in_transformer": False}
-CONFIGS = {"sd15": "SD15", "sdxl": "SDXL", "flux": "Flux", "wan": "WAN21_T2V", "qwen": "QwenImage"}
-CHANNELS = {"sd15": 4, "sdxl": 4, "flux": 16, "wan": 16, "qwen": 16}
+UNETS["wan_i2v"] = UNETS["wan"] | {"model_type": "i2v", "in_dim": 36}
+CONFIGS = {
+    "wan_i2v": "WAN21_I2V",
+    "sd15": "SD15",
+    "sdxl": "SDXL",
+    "flux": "Flux",
+    "wan": "WAN21_T2V",
+    "qwen": "QwenImage",
+}
+CHANNELS = {"wan_i2v": 16, "sd15": 4, "sdxl": 4, "flux": 16, "wan": 16, "qwen": 16}
 WIDTH = 32
 """Of text embeddings."""
 POOLED = {"flux": 16}

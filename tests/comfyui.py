@@ -23,8 +23,8 @@ from training import free_port
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "example_workflows" / "flux_lora.json"
 PACK = "diffusion-trainer"
-TEXT = 3
-"""Binary event of the websocket that carries a node's text."""
+PREVIEW, TEXT, PREVIEW_OF_NODE = 1, 3, 4
+"""Binary events of the websocket: a picture, a node's text, and a picture with what it is of."""
 
 
 def example(**values: Any) -> dict[str, Any]:
@@ -149,10 +149,16 @@ class ComfyUI:
                 if message.type == aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
                     self.events.append((event["type"], event["data"]))
-                elif message.type == aiohttp.WSMsgType.BINARY and int.from_bytes(message.data[:4]) == TEXT:
-                    length = int.from_bytes(message.data[4:8])
-                    node, text = message.data[8 : 8 + length], message.data[8 + length :]
-                    self.events.append(("text", {"node": node.decode(), "text": text.decode()}))
+                elif message.type == aiohttp.WSMsgType.BINARY:
+                    self._note_binary(int.from_bytes(message.data[:4]), message.data[4:])
+
+    def _note_binary(self, kind: int, data: bytes) -> None:
+        length = int.from_bytes(data[:4])
+        if kind == TEXT:
+            self.events.append(("text", {"node": data[4 : 4 + length].decode(), "text": data[4 + length :].decode()}))
+        elif kind in (PREVIEW, PREVIEW_OF_NODE):
+            start = 4 if kind == PREVIEW else 4 + length
+            self.events.append(("preview", {"picture": data[start:]}))
 
 
 class Job:

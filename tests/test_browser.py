@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import saved
 from comfyui import EXAMPLE, ComfyUI, write_inputs
+from diffusion_trainer.diffusion_nodes.saved_workflows import NAMES
 from diffusion_trainer.scripts.headless import node_classes
 from diffusion_trainer.scripts.workflow import to_prompt, widget_names
 
@@ -83,6 +84,29 @@ def test_workflows_of_every_old_version_open_with_their_values(
             name: default for name, default in widget_names(node_classes()[kind]) if name not in (None, *wanted)
         }
         assert {name: shown[name] for name in defaults} == defaults, f"{kind}, layout {number}"
+
+
+def test_values_follow_the_names_that_the_page_stores(server: ComfyUI, tmp_path: Path) -> None:
+    document = json.loads(EXAMPLE.read_text("utf-8"))
+    (general,) = [node for node in document["nodes"] if node["type"] == "GeneralConfig"]
+    wanted = dict(zip(general["properties"][NAMES], general["widgets_values"], strict=True))
+    general["properties"][NAMES].reverse()
+    general["widgets_values"].reverse()
+    workflow = tmp_path / "reversed.json"
+    workflow.write_text(json.dumps(document))
+    seen = look(server, workflow)
+    assert {name: seen["widgets"][str(general["id"])][name] for name in wanted} == wanted
+    stored = seen["stored"][str(general["id"])]
+    assert dict(zip(stored["properties"][NAMES], stored["widgets_values"], strict=True)) == wanted
+
+
+@pytest.mark.parametrize("flags", [(), ("--vue",)], ids=["canvas", "Nodes 2.0"])
+@pytest.mark.parametrize("era", saved.ERAS)
+def test_old_workflows_run_from_the_page(server: ComfyUI, tmp_path: Path, era: str, flags: tuple[str, ...]) -> None:
+    workflow = tmp_path / f"{era}.json"
+    workflow.write_text(json.dumps(saved.workflow(era, "demo_pictures", "miniature-flux")))
+    seen = look(server, workflow, *flags, "--run", "60")
+    assert (seen["outcome"], seen["missing"], seen["errors"]) == ("success", [], [])
 
 
 def test_example_runs_from_the_page(server: ComfyUI, tmp_path: Path) -> None:

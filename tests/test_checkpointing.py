@@ -43,9 +43,8 @@ def plain(bench: Bench) -> Result:
         {"activation_checkpointing": "selective"},
         {"activation_checkpointing": "unsloth"},
         {"activation_checkpointing": "unsloth", "blocks_to_swap": 100},
-        {"activation_checkpointing": "selective", "blocks_to_swap": 2},
     ],
-    ids=["every block", "every second", "selective", "inputs in main memory", "and swapped", "selective and swapped"],
+    ids=["every block", "every second", "selective", "inputs in main memory", "and swapped"],
 )
 def test_training_is_the_same_to_the_bit(bench: Bench, plain: Result, changes: dict) -> None:
     result = bench.train(epochs=1, adapter={"dropout": 0.2}, **changes)

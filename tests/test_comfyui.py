@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import saved
 from comfyui import EXAMPLE, PACK, ROOT, ComfyUI, example, write_inputs
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS
 from safetensors import safe_open
@@ -36,6 +37,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
     assert not server.trainers(), "a training was left"
 
 
+def test_prompts_of_later_versions_of_the_old_package_run(server: ComfyUI) -> None:
+    job = server.queue(saved.later_prompt(dataset="demo_pictures", model="miniature-flux"))
+    assert job.wait(60) == "success"
+    assert '"output_dir"' in job.shown("8") and "/output/mine" in job.shown("8")
+
+
+def test_a_family_that_cannot_be_trained_is_refused_when_it_is_queued(server: ComfyUI) -> None:
+    prompt = saved.later_prompt(dataset="demo_pictures", model="miniature-flux")
+    prompt["4"] = {"class_type": "OmniGen2ModelNode", "inputs": {"diffusers_path": "/m", "flux_shift": False}}
+    status, answer = server.post("/prompt", {"prompt": prompt, "client_id": PACK})
+    assert status == 400
+    (error,) = answer["node_errors"]["4"]["errors"]
+    assert "model.type: 'omnigen2' is not implemented in this version" in error["details"]
+
+
 def short(**values: object) -> dict:
     return example(**{"AdvancedTrainConfig__max_steps": 6, "TensorBoardMonitor__survive_restart": False} | values)
 
@@ -43,11 +59,12 @@ def short(**values: object) -> dict:
 def test_package_loads(server: ComfyUI) -> None:
     known = server.get("/object_info")
     for name in NODE_CLASS_MAPPINGS:
-        assert known[name]["python_module"].endswith(PACK)
+        by_core = known[name]["python_module"] == "comfy_extras.nodes_train"  # ComfyUI of 2025 has one of these ids
+        assert known[name]["python_module"].endswith(PACK) or (by_core and name == "LoadImageSetFromFolderNode")
     texts = server.get("/i18n")
     assert texts["zh"]["nodeDefs"]["Train"]["inputs"]["wait"]["name"]
     assert set(NODE_CLASS_MAPPINGS) <= set(texts["en"]["nodeDefs"])
-    assert server.get("/workflow_templates")[PACK] == [EXAMPLE.stem]
+    assert set(server.get("/workflow_templates")[PACK]) == {file.stem for file in EXAMPLE.parent.glob("*.json")}
     assert server.get(f"/api/workflow_templates/{PACK}/{EXAMPLE.name}") == json.loads(EXAMPLE.read_text("utf-8"))
     for page in ("Train.md", "Train/zh.md"):
         assert server.get(f"/extensions/{PACK}/docs/{page}") == (ROOT / "web/docs" / page).read_text("utf-8")
@@ -85,7 +102,7 @@ def test_example_trains(server: ComfyUI) -> None:
     assert job.shown(STATUS).startswith("finished: step 20 of 20, loss ")
     assert "LoRA written to" in job.shown(LOG)
     steps = [event["value"] for event in job.events("progress") if event["node"] == TRAIN and event["max"] == 20]
-    assert steps and steps == sorted(steps) and len(set(steps)) > 2
+    assert steps and steps == sorted(steps) and len(set(steps)) >= 2  # as often as the node looked
     texts = job.texts(TRAIN)
     assert any(" s/step" in text and "loss" in text for text in texts), texts
     assert f"{run.name}.safetensors" in texts[-1]

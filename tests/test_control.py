@@ -24,9 +24,9 @@ class Scripted(RunFolder):
         self._script = script
 
     def take_requests(self) -> Iterator[Command]:
-        self.looks += 1
-        if self.looks in self._script:
-            self._script[self.looks](self)
+        self.looks += self.read_status().state in ("training", "paused")
+        if act := self._script.pop(self.looks, None):
+            act(self)
         yield from super().take_requests()
 
     def write_status(self, status: Status) -> None:
@@ -44,27 +44,19 @@ def plain(bench: Bench) -> Result:
     return bench.train(epochs=2)
 
 
-def train(bench: Bench, script: dict, start: int, **changes) -> tuple[Result, Scripted]:
+def train(bench: Bench, script: dict, **changes) -> tuple[Result, Scripted]:
     """Trains two epochs; ``script`` counts from the first look after a step."""
-    folder = RunFolder.create(bench.root / "out").path
-    scripted = Scripted(folder, {start + look: act for look, act in script.items()})
+    scripted = Scripted(RunFolder.create(bench.root / "out").path, script)
     return bench.train(scripted, epochs=2, **changes), scripted
 
 
-@pytest.fixture(scope="module")
-def looks(bench: Bench, plain: Result) -> int:
-    """How often the training looks before its first step, with a full cache."""
-    _, scripted = train(bench, {}, 0)
-    return scripted.looks - 8
-
-
-def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result, looks: int) -> None:
+def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result) -> None:
     script = {
         3: lambda folder: folder.pause(),
         5: lambda folder: folder.request("save"),
         6: lambda folder: folder.request("resume"),
     }
-    result, scripted = train(bench, script, looks)
+    result, scripted = train(bench, script)
     assert "paused" in scripted.states
     assert scripted.states[-1] == result.status.state == "finished"
     assert [Path(export).name for export in result.status.exports] == ["step3", "epoch2"]
@@ -75,10 +67,10 @@ def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result, looks: int)
     assert max(result.curve("step_seconds")[3:]) < 60, "waiting is no step"
 
 
-def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Result, looks: int) -> None:
+def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Result) -> None:
     script = {2: lambda folder: folder.pause(), 4: lambda folder: folder.unpause(), 6: lambda folder: folder.pause(),
               8: lambda folder: folder.request("save_quit")}  # fmt: skip
-    result, scripted = train(bench, script, looks)
+    result, scripted = train(bench, script)
     assert scripted.states.count("paused") >= 2
     assert result.status.state == "stopped"
     assert result.status.step == 4
@@ -89,9 +81,9 @@ def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Res
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_paused_stops_with_everything_on_disk(bench: Bench, looks: int, number: int) -> None:
+def test_a_signal_while_paused_stops_with_everything_on_disk(bench: Bench, number: int) -> None:
     script = {2: lambda folder: folder.pause(), 4: lambda folder: signal.raise_signal(number)}
-    result, _ = train(bench, script, looks)
+    result, _ = train(bench, script)
     assert result.status.state == "stopped"
     assert Path(result.status.exports[-1]).name == "step2"
     assert result.status.checkpoint == str(result.folder.path / "global_step2")
@@ -104,8 +96,8 @@ def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_asking_to_save_just_after_a_save_writes_nothing_twice(bench: Bench, looks: int) -> None:
-    result, _ = train(bench, {4: lambda folder: folder.request("save")}, looks, save_every_n_epochs=1,
+def test_asking_to_save_just_after_a_save_writes_nothing_twice(bench: Bench) -> None:
+    result, _ = train(bench, {4: lambda folder: folder.request("save")}, save_every_n_epochs=1,
                       checkpoint_every_n_steps=4)  # fmt: skip
     assert [Path(export).name for export in result.status.exports] == ["epoch1", "epoch2"]
     assert [folder.name for folder in result.folder.checkpoints()] == ["global_step4", "global_step8"]

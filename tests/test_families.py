@@ -1,6 +1,7 @@
 """What holds for every family in the registry, seen on its miniature."""
 
 import dataclasses
+import math
 import random
 import re
 import subprocess
@@ -98,7 +99,7 @@ PROMPTED = {"flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted}
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
-VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "i2v", "flf2v")]}
+VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "flf2v")]}
 """For families whose variants differ in shape, the arguments of `write_miniature` for each."""
 MINIATURES = [(name, variant) for name in families() for variant in VARIANTS.get(name, [{}])]
 
@@ -298,3 +299,15 @@ def test_a_sample_is_what_the_pipeline_draws_from_the_prompt(table):
     assert len(drawn) == len(expected) == frames
     assert all(frame.size == (64, 32) for frame in drawn)
     assert [frame.tobytes() for frame in drawn] == [frame.tobytes() for frame in expected]
+
+
+def test_the_weight_by_noise_level_is_in_the_batch(table):
+    field = families()[table["type"]].Config.model_fields["loss_weighting"]
+    if "cosmap" not in str(field.annotation):
+        pytest.skip("weighs its loss in its own way")
+    both = examples(load(table))
+    plain, weighted = load(table).collate(both), load(table, loss_weighting="cosmap").collate(both)
+    ratio = (weighted.weight / plain.weight).expand_as(plain.target).flatten(1)
+    for example, row in zip(both, ratio, strict=True):
+        t = load(table).timestep(example.quantile, tuple(example.media["latents"].shape[-2:]))
+        assert row.unique().item() == pytest.approx(2 / (math.pi * (1 - 2 * t + 2 * t**2)), rel=1e-4)

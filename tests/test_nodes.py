@@ -10,10 +10,23 @@ from pathlib import Path
 import pytest
 from diffusion_trainer.diffusion_nodes import comfy, files
 from diffusion_trainer.diffusion_nodes.config import OPTIMIZER_TAKES
+from diffusion_trainer.diffusion_nodes.deferred import real
+from diffusion_trainer.diffusion_nodes.run_config import SET_ELSEWHERE
+from diffusion_trainer.diffusion_nodes.schema import Widget, can_be_typed
+from diffusion_trainer.diffusion_nodes.train import RUN_OPTIONS
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts.workflow import widget_names
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.environment import Environment
+from diffusion_trainer.utils.settings import (
+    DatasetSettings,
+    Lora,
+    Optimizer,
+    Sampling,
+    TrainSettings,
+    parse_dataset_settings,
+    parse_train_settings,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -66,7 +79,8 @@ def test_the_defaults_make_valid_settings(base):
     assert train["model"] == {"type": "flux", "dtype": "bfloat16", "timestep_sample_method": "logit_normal",
                               "diffusers_path": str(base / "models/diffusers/flux"), "bypass_guidance_embedding": False,
                               "flux_shift": False, "guidance": 1.0, "max_sequence_length": 512, "sigmoid_scale": 1.0,
-                              "min_t": 0.0, "max_t": 1.0}  # fmt: skip
+                              "logit_mean": 0.0, "loss_weighting": "none",
+                              "min_t": 0.0, "max_t": 1.0, "quantized_matmul": False}  # fmt: skip
     assert train["optimizer"] == {"type": "adamw", "lr": 1e-4, "betas": [0.9, 0.99], "weight_decay": 0.01, "eps": 1e-8}
     assert train["adapter"] == {"type": "lora", "rank": 32, "dropout": 0.0}
     assert output_dir == train["output_dir"] == str(base / "output/training")
@@ -189,6 +203,56 @@ def test_samples_are_asked_for_by_prompt():
     assert sample["prompts"] == ["a cat, sitting", "[a] dog"]
     assert (sample["every_n_epochs"], sample["steps"], sample["guidance"]) == (1, 4, 5.0)
     assert "every_n_steps" not in sample
+
+
+def test_every_option_is_an_input_somewhere():
+    """A new option of the settings needs no node of its own: the two "More" nodes and the model nodes take it in."""
+    covered = {}
+    for cls in map(real, NODES.values()):
+        for entry in {**getattr(cls, "REQUIRED", {}), **getattr(cls, "OPTIONAL", {})}.values():
+            if isinstance(entry, Widget):
+                covered.setdefault(entry.table, set()).add(entry.key)
+    tables = {TrainSettings: {*RUN_OPTIONS, *SET_ELSEWHERE}, Lora: {"type"}, Sampling: set(), Optimizer: {"betas"},
+              DatasetSettings: {"num_repeats", "frame_buckets", "ar_buckets"}, Environment: set()}  # fmt: skip
+    for table, elsewhere in tables.items():
+        typed = {key for key, field in table.model_fields.items() if can_be_typed(field)}
+        assert typed - covered.get(table, set()) - elsewhere - {"type"} == set(), table
+
+
+def test_more_settings_add_to_the_advanced_ones():
+    (advanced,) = call("AdvancedTrainConfig", max_steps=9)
+    (more,) = call("MoreTrainConfigNode", advanced_config=advanced, ema_decay=0.999,
+                   learning_rates="attn = 1e-5\nff=0", train_only="a{1,2}\nb")  # fmt: skip
+    assert more == {"max_steps": 9, "ema_decay": 0.999, "learning_rates": {"attn": 1e-5, "ff": 0.0},
+                    "train_only": ["a{1,2}", "b"]}  # fmt: skip
+    with pytest.raises(SettingsError, match="learning_rates: each line must be such as"):
+        call("MoreTrainConfigNode", learning_rates="attn")
+
+
+def test_more_dataset_options_hold_for_all_folders():
+    (tables,) = call("DatasetOptionsNode", dataset_config=dataset(), trigger_word="ohwx", subsample_ratio=0.5)
+    settings = parse_dataset_settings(tables)
+    assert (settings.directory[0].trigger_word, settings.subsample_ratio) == ("ohwx", 0.5)
+    assert "shuffle_tags" not in tables
+
+
+def test_an_optimizer_may_have_arguments_of_its_own():
+    (table,) = call("OptimizerConfigNode", optimizer_type="Prodigy", lr=1.0,
+                    arguments="d_coef = 0.5\nuse_bias_correction = true\nname = text")  # fmt: skip
+    assert (table["d_coef"], table["use_bias_correction"], table["name"]) == (0.5, True, "text")
+    assert "arguments" not in table
+
+
+def test_adapters_of_every_kind(base):
+    assert call("AdapterConfigNode", adapter_type="lokr", decompose_factor=8)[0]["adapter"]["decompose_factor"] == 8
+    with pytest.raises(SettingsError, match=r"adapter\.decompose_factor: unknown option"):
+        call("AdapterConfigNode", adapter_type="lora", decompose_factor=8)
+    (base / "models/loras").mkdir(parents=True)
+    (base / "models/loras/a.safetensors").write_bytes(b"")
+    (adapter,) = call("AdapterConfigNode", fuse_adapters="a.safetensors * 0.5", rank_pattern="attn = 4")
+    assert adapter["adapter"]["fuse_adapters"] == [
+        {"path": str(base / "models/loras/a.safetensors"), "weight": 0.5}]  # fmt: skip
+    assert adapter["adapter"]["rank_pattern"] == {"attn": 4}
 
 
 # -- models ---------------------------------------------------------------------------------------------------

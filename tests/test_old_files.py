@@ -87,6 +87,38 @@ def train_file(kind):
                           "wandb_tracker_name": "p", "wandb_run_name": "r"}})  # fmt: skip
 
 
+OTHER_FORMS = [
+    {"eval_datasets": [{"name": "a", "config": "/data/a.toml"}, {"name": "b", "config": "/data/b.toml"}]},
+    {"eval_datasets": ["/data/a.toml", "/other/a.toml"]},
+    {"blocks_to_swap": 20, "disable_block_swap_for_eval": True},
+    {"activation_checkpointing": "unsloth"},
+    {"save_every_n_examples": 1000, "eval_every_n_examples": 1000},
+    {"image_eval_micro_batch_size_per_gpu": 4},
+    {"eval_image_micro_batch_size_per_gpu": 4, "eval_micro_batch_size_per_gpu": [[512, 4]]},
+    {"pseudo_huber_c": None, "huber_delta": 0.1},
+    {"pseudo_huber_c": None, "smooth_l1_beta": 0.1},
+    {"partition_method": "manual", "pipeline_stages": 2, "partition_split": [20]},
+    {"lr_scheduler": "linear", "resume_from_checkpoint": "20260131_12-00-00"},
+    {"adapter": {"type": "lokr", "rank": 16, "decompose_factor": 8, "rank_dropout": 0.1, "dtype": "bfloat16"}},
+    {"adapter": {**ADAPTER, "fuse_adapters": [{"path": "/a.safetensors", "weight": 0.5}]}},
+    {"adapter": None},
+    {"optimizer": {"type": "genericoptim", "lr": 1e-4, "momentum_type": "ema", "second_moment_type": "sn"}},
+    {"optimizer": {"type": "automagic"}},
+    {"optimizer": {"type": "Prodigy", "lr": 1, "d_coef": 0.5, "beta2_half_life": 1000, "gradient_release": False}},
+    {"training_sampler": {"sample_every_n_steps": 0, "sample_every_n_epochs": 1, "height": 1024, "width": 1024,
+                          "num_inference_steps": 20, "guidance_scale": 5.0, "sample_prompt": "a cat"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", OTHER_FORMS, ids=lambda changes: " ".join(changes))
+def test_other_forms_of_keys_are_taken(changes, tmp_path, capsys):
+    values = {key: value for key, value in (train_file("flux") | changes).items() if value is not None}
+    if "adapter" in changes and changes["adapter"] is None:
+        del values["model"]["transformer_dtype"]  # all weights are trained
+    status, said = check(tmp_path / "train.toml", values, capsys)
+    assert status == 0, said.err
+
+
 def check(path, values, capsys):
     path.write_text(tomli_w.dumps(values), "utf-8")
     status = entry.main(["--config", str(path), "--check_config"])
@@ -172,6 +204,6 @@ def test_flags_of_the_earlier_trainer_are_taken():
     arguments = entry.parse_arguments([
         "--deepspeed", "--config", "t.toml", "--local_rank", "0", "--resume_from_checkpoint", "--reset_dataloader",
         "--reset_optimizer", "--reset_optimizer_params", "--regenerate_cache", "--cache_only", "--trust_cache",
-        "--i_know_what_i_am_doing", "--master_port", "29501", "--dump_dataset", "d"])  # fmt: skip
+        "--i_know_what_i_am_doing", "--test_sample", "--master_port", "29501", "--dump_dataset", "d"])  # fmt: skip
     assert arguments.resume_from_checkpoint is True
     assert all(getattr(arguments, name) for name in entry.SWITCHES)

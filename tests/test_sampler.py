@@ -6,6 +6,7 @@ from diffusion_trainer.utils.buckets import Bucket
 from diffusion_trainer.utils.dataset import Sample
 from diffusion_trainer.utils.index import Media
 from diffusion_trainer.utils.media import Properties, Source
+from diffusion_trainer.utils.position import Position
 from diffusion_trainer.utils.sampler import Sampler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,3 +65,31 @@ def test_resuming_continues_the_plan(items, batch, epoch, data):
     plan = Sampler(items, batch, 3).epoch(epoch)
     cut = data.draw(st.integers(0, len(plan)))
     assert plan[:cut] + Sampler(items, batch, 3).epoch(epoch)[cut:] == plan
+
+
+@given(
+    samples,
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 6)), max_size=3),
+    st.integers(1, 9),
+    st.integers(0, 3),
+)
+def test_an_epoch_cut_otherwise_on_the_way_still_has_every_item(items, parts, batch, epoch):
+    past, seen = [], Counter[tuple[int, int]]()
+    for size, num_steps in parts:
+        sampler = Sampler(items, size, 5)
+        plan = sampler.epoch(epoch, past)
+        taken = min(num_steps, len(plan))
+        seen.update((d.sample, d.repeat) for step in plan[:taken] for d in step if d.weight)
+        if taken:
+            past.append((sampler.batch_sizes(), taken))
+    sampler = Sampler(items, batch, 5)
+    rest = sampler.epoch(epoch, past)
+    seen.update((d.sample, d.repeat) for step in rest for d in step if d.weight)
+    whole = Counter((d.sample, d.repeat) for step in sampler.epoch(epoch) for d in step if d.weight)
+    assert seen == whole
+    steps_done = sum(taken for _, taken in past)
+    position = Position(step=100 + steps_done, epoch=epoch, past=past)
+    assert sampler.total_from(position, epoch + 3) == 100 + steps_done + len(rest) + len(
+        sampler.epoch(epoch + 1)
+    ) + len(sampler.epoch(epoch + 2))
+    assert sampler.total_from(position, epoch) == position.step

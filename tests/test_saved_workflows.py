@@ -1,6 +1,7 @@
 """Workflows that versions of the old package saved: values arrive under today's names, prompts are complete."""
 
 import json
+from pathlib import Path
 
 import pytest
 import saved
@@ -8,6 +9,8 @@ from diffusion_trainer.diffusion_nodes import saved_workflows
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS
 from diffusion_trainer.scripts import headless
 from diffusion_trainer.scripts.workflow import to_prompt, widget_names
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(("kind", "number"), saved.CASES)
@@ -25,6 +28,28 @@ def test_stored_values_arrive_under_their_names(kind, number):
 def test_todays_values_are_left_alone():
     for kind, cls in NODE_CLASS_MAPPINGS.items():
         assert saved_workflows.by_name(kind, [default for _, default in widget_names(cls)]) is None
+
+
+def test_values_follow_their_names_when_a_node_has_got_inputs():
+    """Canvases of today store the names of their values, so that an input may be added anywhere."""
+    for kind, cls in NODE_CLASS_MAPPINGS.items():
+        today = [name or "control_after_generate" for name, _ in widget_names(cls)]
+        stored = [name for name in reversed(today) if name != today[-1]]  # another order, one input not there yet
+        node = {"id": 1, "type": kind, "widgets_values": [f"value of {name}" for name in stored],
+                "properties": {saved_workflows.NAMES: stored}}  # fmt: skip
+        inputs = to_prompt({"nodes": [node], "links": []}, NODE_CLASS_MAPPINGS)["1"]["inputs"]
+        defaults = {name: default for name, default in widget_names(cls) if name}
+        assert inputs == {name: f"value of {name}" if name in stored else default for name, default in defaults.items()}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_workflows_store_names(path):
+    for node in json.loads(path.read_text("utf-8"))["nodes"]:
+        if node["type"] in NODE_CLASS_MAPPINGS:
+            names = node["properties"][saved_workflows.NAMES]
+            assert len(names) == len(node["widgets_values"])
+            known = {name for name, _ in widget_names(NODE_CLASS_MAPPINGS[node["type"]])} | {"control_after_generate"}
+            assert set(names) <= known
 
 
 def test_a_transformer_that_was_switched_off_stays_off():
@@ -61,26 +86,24 @@ def test_other_packages_and_broken_prompts_are_left_alone():
 def test_an_old_prompt_runs(tmp_path):
     """As "Save (API)" of a later version wrote it: other names, inputs of today missing."""
     (tmp_path / "input/pictures").mkdir(parents=True)
-    general = {name: options["default"] for section in ("required", "optional")
-               for name, _, options in saved.LATER["GeneralConfig"][section] if "default" in options}  # fmt: skip
-    general |= {"output_folder_name": "mine", "partition_method": "memory", "optimizer_config": ["3", 0],
-                "model_config": ["5", 0], "dataset_config": ["2", 0], "adapter_config": ["6", 0]}  # fmt: skip
-    prompt = {
-        "1": {"class_type": "GeneralDatasetPathNode", "inputs": {"dataset_path": "pictures"}},
-        "2": {"class_type": "GeneralDatasetConfig", "inputs": {
-            "input_path": ["1", 0], "resolutions": "[512]", "enable_ar_bucket": True, "min_ar": 0.5, "max_ar": 2.0,
-            "num_ar_buckets": 7, "num_repeats": 1}},
-        "3": {"class_type": "OptimizerConfigNode", "inputs": {"optimizer_type": "AdamW8bitKahan", "lr": 2e-5}},
-        "4": {"class_type": "FluxModelNode", "inputs": {"diffusers_path": "/flux", "flux_shift": False}},
-        "5": {"class_type": "ModelConfig", "inputs": {
-            "model_path": ["4", 0], "model_type": "diffusion", "dtype": "bfloat16",
-            "diffusion_transformer_dtype": "float8", "timestep_sample_method": "logit_normal"}},
-        "6": {"class_type": "AdapterConfigNode", "inputs": {"adapter_type": "lora", "rank": 32, "dtype": "bfloat16"}},
-        "7": {"class_type": "GeneralConfig", "inputs": general},
-        "8": {"class_type": "PreviewAny", "inputs": {"source": ["7", 0]}},
-    }  # fmt: skip
+    prompt = saved.later_prompt(dataset="pictures", model="/flux")
     (tmp_path / "prompt.json").write_text(json.dumps(prompt))
     results = headless.run_file(tmp_path / "prompt.json", tmp_path)
     settings = results["7"].outputs[0]
     assert settings["output_dir"] == str(tmp_path / "output/mine")
     assert (settings["model"]["transformer_dtype"], settings["partition_method"]) == ("float8", "parameters")
+
+
+@pytest.mark.parametrize("era", saved.ERAS)
+def test_whole_workflows_run(era, tmp_path):
+    (tmp_path / "input/pictures").mkdir(parents=True)
+    (tmp_path / "old.json").write_text(json.dumps(saved.workflow(era, "pictures", "/flux")))
+    results = headless.run_file(tmp_path / "old.json", tmp_path)
+    settings = results["8"].outputs[0]
+    assert settings["output_dir"] == str(tmp_path / "output/mine")
+    assert (settings["epochs"], settings["partition_method"], settings["model"]["dtype"]) == (
+        7,
+        "parameters",
+        "float16",
+    )
+    assert settings["model"]["diffusers_path"] == "/flux"

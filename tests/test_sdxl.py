@@ -433,6 +433,37 @@ def test_checkpoints_of_other_models(folder, tmp_path, change, message):
     assert message in found
 
 
-def test_no_tokenizer(folder):
+def test_a_tokenizer_that_was_fetched_before_is_found(folder, tmp_path, monkeypatch):
+    """In Hugging Face's cache, as ``hf download`` leaves it."""
+    repository = tmp_path / "models--openai--clip-vit-large-patch14"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    shutil.copytree(folder / "tokenizer", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    family = sdxl(checkpoint_path=str(folder / "checkpoint.safetensors"))
+    family.check_files()
+    found = family.encode_text("clip_g", family.load_text_encoder("clip_g", CPU), CAPTIONS)["clip_g_tokens"]
+    for pieces, text in zip(found, texts(sdxl(folder), CAPTIONS), strict=True):
+        assert torch.equal(pieces, text["clip_g_tokens"])
+
+
+def test_no_tokenizer(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     message = refusal(checkpoint_path=str(folder / "checkpoint.safetensors"))
     assert re.match(r"model\.tokenizer_path: no tokenizer found; give the folder 'tokenizer'", message)
+    assert "hf download openai/clip-vit-large-patch14 vocab.json merges.txt" in message
+
+
+def test_lora_keys_are_kohyas(folder):
+    """Which ComfyUI maps by these very patterns."""
+    family = sdxl(folder)
+    denoiser = family.build_denoiser()
+    keys = {family.lora_keys(name) for name, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    part = r"(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
+    pattern = rf"lora_te[12]_text_model_encoder_layers_\d+_{part}|lora_te2_text_projection|lora_unet_\w+"
+    assert all(re.fullmatch(pattern, key) for key in keys), keys
+    for key in ("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0",
+                "lora_unet_mid_block_attentions_0_proj_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+                "lora_te2_text_model_encoder_layers_1_self_attn_q_proj"):  # fmt: skip
+        assert key in keys

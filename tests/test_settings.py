@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from diffusion_trainer.models import configs, families, planned
-from diffusion_trainer.scripts import docs
+from diffusion_trainer.scripts import examples
 from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.environment import Environment
 from diffusion_trainer.utils.settings import (
@@ -51,7 +51,8 @@ def dataset(**changes):
         ({"lr_scheduler": "cosin"}, "lr_scheduler: must be 'constant', 'linear', 'cosine', 'polynomial' or 'one_cycle', got 'cosin'; did you mean 'cosine'?"),  # noqa: E501
         ({"activation_checkpointing": "all"}, "activation_checkpointing: must be true, false, a number of blocks, 'selective' or 'unsloth', got 'all'"),  # noqa: E501
         ({"partition_method": "manual", "pipeline_stages": 3, "partition_split": [4]}, "partition_split: needs 2 numbers"),  # noqa: E501
-        ({"partition_method": "memory"}, "partition_method: must be parameters, uniform, type:NAME or manual"),
+        ({"model": {"type": "flux", "quantized_matmul": True, "transformer_dtype": "nf4"}}, "model.quantized_matmul: multiplies weights as they are stored"),  # noqa: E501
+        ({"partition_method": "memory"}, "partition_method: must be cost, parameters, uniform"),
     ],
 )  # fmt: skip
 def test_train_messages(changes, message):
@@ -127,15 +128,19 @@ def test_other_names_are_taken_with_one_warning(caplog):
         parse_train_settings(train(model={**model, "transformer_dtype": "bfloat16"}))
 
 
-def test_shipped_files_parse():
-    for path in (ROOT / "configs").glob("*.toml"):
-        values = tomllib.loads(path.read_text("utf-8"))
-        if path.name == "dataset.toml":
-            assert parse_dataset_settings(values)
-            assert values == docs.EXAMPLE_DATASET
-        elif "output_dir" in values:
-            assert load_train_settings(path).adapter is not None
-    assert tomllib.loads((ROOT / "configs/flux_lora.toml").read_text("utf-8")) == docs.EXAMPLE_TRAIN
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.toml")))
+def test_shipped_files_are_right(name):
+    values = tomllib.loads((ROOT / "configs" / name).read_text("utf-8"))
+    if "directory" in values:
+        assert parse_dataset_settings(values)
+        assert values == examples.DATASET[name][1]
+    else:
+        family_of(parse_train_settings(values))
+        assert values == examples.TRAIN[name][1]
+
+
+def test_every_example_is_shipped():
+    assert {path.name for path in (ROOT / "configs").glob("*.toml")} == {*examples.TRAIN, *examples.DATASET}
 
 
 def test_every_option_is_described():

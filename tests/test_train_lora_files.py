@@ -5,6 +5,7 @@ Needs a ComfyUI: COMFYUI_DIR and COMFYUI_PYTHON. Old and new versions are two ru
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -113,14 +114,15 @@ def test_a_checkpoint_trains_and_comfyui_loads_what_it_saved(server: ComfyUI, fa
     assert len(losses) == 3 and all(0 < loss < 50 for loss in losses), losses
 
 
-def shipped(server: ComfyUI, **values: Any) -> dict[str, Any]:
+def shipped(server: ComfyUI) -> dict[str, Any]:
     """The example as ComfyUI's page sends it, on the miniature and three small pictures."""
     prompt = to_prompt(json.loads(EXAMPLE.read_text("utf-8")), headless.node_classes() | foreign(server))
     given = {
         "CheckpointLoaderSimple": {"ckpt_name": "miniature_sd15.safetensors"},
         "LoadCaptionedImageSetNode": {"width": 128, "height": 128},
         "EmptyLatentImage": {"width": 128, "height": 128}, "KSampler": {"steps": 6},
-        "TrainLoRANode": {"steps": 30, "learning_rate": 0.002, "training_dtype": "fp32", "save_every": 20, **values},
+        "TrainLoRANode": {"steps": 30, "learning_rate": 0.002, "training_dtype": "fp32", "save_every": 20,
+                          "preview_every": 15},
     }  # fmt: skip
     for entry in prompt.values():
         for name, value in given.get(entry["class_type"], {}).items():
@@ -156,6 +158,8 @@ def test_the_example_trains_plots_saves_reloads_and_shows_before_and_after(serve
     assert sum(ImageStat.Stat(ImageChops.difference(before, after)).mean) > 5
     texts = job.texts(names["TrainLoRANode"])
     assert texts[-1].startswith("step 30 of 30, loss ") and "per step" in texts[-1]
+    sizes = {Image.open(io.BytesIO(event["picture"])).size for event in job.events("preview")}
+    assert (512, 512) in sizes, "a picture over the curve"
     steps = [event["value"] for event in job.events("progress") if event["node"] == names["TrainLoRANode"]]
     assert steps[-1] == 30 and steps == sorted(steps)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import pytest
 import torch
 from diffusers import (
@@ -14,8 +15,9 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusion_trainer.models.base import Example
+from diffusion_trainer.models.base import Example, SampleRequest
 from diffusion_trainer.models.wan import Wan
+from diffusion_trainer.utils.adapted import adapted_layers
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.run_folder import RunFolder
@@ -28,7 +30,7 @@ from transformers import CLIPVisionModel
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a photo of a red cat", "a dog &amp; a  cat"]
-VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b")
+VARIANTS = ("t2v", "i2v", "flf2v", "i2v_a14b", "ti2v_5b")
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -53,7 +55,7 @@ def wan(folder: Path, **options) -> Wan:
 
 def library_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     """As diffusers' documentation loads it; the VAE in the same precision as the rest."""
-    if folder.name == "t2v":
+    if folder.name in ("t2v", "ti2v_5b"):
         pipeline = WanPipeline.from_pretrained(folder, dtype=dtype)
     else:
         clip = None
@@ -123,7 +125,7 @@ def test_one_step_equals_the_pipelines(folder, dtype):
 
     pipeline.transformer.register_forward_hook(see, with_kwargs=True)
     pictures = [Image.fromarray(frame.permute(1, 2, 0).byte().numpy()) for frame in pixels[:, [0, -1]].unbind(1)]
-    names = {"t2v": (), "i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}[folder.name]
+    names = {"i2v": ("image",), "i2v_a14b": ("image",), "flf2v": ("image", "last_image")}.get(folder.name, ())
     arrived = pipeline(
         prompt_embeds=prompt_embeds(pipeline, ["a red cat"]), latents=x_t, width=64, height=32, num_frames=frames,
         num_inference_steps=1, guidance_scale=1.0, output_type="latent", **dict(zip(names, pictures, strict=False)),
@@ -192,17 +194,19 @@ def test_what_comes_after_the_first_frame_does_not_show_in_the_condition(folder)
 
 
 def test_pictures_to_start_from_are_asked_for(folder):
-    from diffusion_trainer.models.base import SampleRequest
-
     family = wan(folder)
     text = {"umt5_embeds": torch.zeros(3, 32)}
     if family.takes_pictures:
-        assert family.prompt_arguments(SampleRequest(text, text, 32, 32), CPU).keys() == {
-            "prompt_embeds", "negative_prompt_embeds"}  # fmt: skip
+        arguments = family.prompt_arguments(SampleRequest(text, text, 32, 32), CPU)
+        assert arguments.keys() == {"prompt_embeds", "negative_prompt_embeds"}
         return
-    frames = "the first and the last frame" if family.variant.task == "flf2v" else "the first frame"
-    with pytest.raises(SettingsError, match=f"starts from pictures; give {frames}$"):
+    with pytest.raises(SettingsError, match=r"draws from a first frame; give a picture$"):
         family.prompt_arguments(SampleRequest(text, text, 32, 32), CPU)
+    request = SampleRequest(text, text, 32, 32, images=(Image.new("RGB", (64, 32), "red"),))
+    arguments = family.prompt_arguments(request, CPU)
+    shown = {name: value for name, value in arguments.items() if "embeds" not in name}
+    assert shown.keys() == ({"image", "last_image"} if folder.name == "flf2v" else {"image"})
+    assert all(image.size == (32, 32) for image in shown.values())
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------
@@ -213,10 +217,10 @@ def test_lora_loads_in_diffusers_and_moves_its_output_as_in_training(folder, tmp
     family = wan(folder)
     settings = Lora(type="lora", rank=4, alpha=6.0)
     denoiser = inject(family.load_denoiser(CPU), family, settings, seed=3)
-    weights = {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
-    for parameter in weights.values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    tensors = export_tensors(weights, family, settings, torch.float32)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    tensors = export_tensors(adapted_layers(denoiser), family, torch.float32)
     expected = {"cross_attn.k_img", "cross_attn.v_img"} if family.variant.has_clip else set()
     expected |= {f"{kind}.{part}" for kind in ("self_attn", "cross_attn") for part in "qkvo"} | {"ffn.0", "ffn.2"}
     keys = {re.sub(r"^diffusion_model\.blocks\.\d\.|\.(lora_[AB]\.weight|alpha)$", "", key) for key in tensors}
@@ -243,6 +247,14 @@ def test_experts_see_the_noise_of_the_whole_distribution_between_their_bounds(t2
     part = wan(t2v, shift=5.0, min_t=low, max_t=high)
     times = [part.timestep((n + 0.5) / len(drawn), (60, 104)) for n in range(len(drawn))]
     torch.testing.assert_close(torch.tensor(times), torch.tensor(drawn), atol=2e-3, rtol=0)
+
+
+def test_bounds_without_noise_between_them_are_refused(t2v):
+    from diffusion_trainer.utils.settings import parse_train_settings
+
+    model = {"type": "wan", "ckpt_path": str(t2v), "min_t": 0.9, "max_t": 0.875}
+    with pytest.raises(SettingsError, match=r"model: min_t must be below max_t, got 0\.9 and 0\.875"):
+        parse_train_settings({"output_dir": "/o", "epochs": 1, "model": model, "optimizer": {"type": "adamw"}})
 
 
 # -- trainings --------------------------------------------------------------------------------------------
@@ -285,17 +297,23 @@ def test_trains_pictures_and_clips(bench: VideoBench, plain: Result) -> None:
     "changes",
     [
         {"activation_checkpointing": False},
+        {"activation_checkpointing": "selective"},
+        {"blocks_to_swap": 1},
         {"micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
     ],
-    ids=["no checkpointing", "accumulated"],
+    ids=["no checkpointing", "selective checkpointing", "swapped", "accumulated"],
 )
-def test_micro_batches_and_checkpointing_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
+def test_micro_batches_and_memory_savers_change_nothing(bench: VideoBench, plain: Result, changes: dict) -> None:
     result = bench.train(epochs=2, **changes)
     assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("stages", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("bench", "stages"),
+    [("t2v", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("t2v", 2), ("i2v", 2), ("i2v", 3)))],
+    indirect=["bench"],
+)
 def test_stages_change_nothing(bench: VideoBench, plain: Result, stages: int) -> None:
     """The tables of positions tell the last stage the shape, which changes from step to step."""
     result = bench.launch(
@@ -312,6 +330,33 @@ def test_stopped_and_resumed_equals_uninterrupted(bench: VideoBench, plain: Resu
     resumed = bench.train(RunFolder(stopped.folder.path), resume=True, epochs=2)
     assert resumed.curve("loss") == plain.curve("loss")
     assert_same(plain.lora(), resumed.lora())
+
+
+def test_clips_are_drawn_while_training(bench: VideoBench, tmp_path: Path) -> None:
+    """From a first frame where the model wants one."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
+    sample = {"prompts": ["a ball"], "width": 64, "height": 32, "frames": 5, "steps": 2, "every_n_epochs": 1}
+    if "i2v" in bench.root.name:
+        with pytest.raises(SettingsError, match=r"sample\.images: this Wan model draws from a first frame"):
+            bench.train(epochs=1, sample=sample)
+        sample["images"] = [str(tmp_path / "first.png")]
+    result = bench.train(epochs=1, sample=sample)
+    assert result.status.state == "finished"
+    assert result.status.samples
+    with av.open(result.status.samples[-1]) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    assert [frame.size for frame in frames] == [(64, 32)] * 5
+
+
+def test_a_full_fine_tune_loads_in_diffusers(bench: VideoBench) -> None:
+    """Weights, all trained, under original names."""
+    result = bench.train(epochs=1, adapter=None)
+    (file,) = Path(result.status.exports[-1]).glob("*.safetensors")
+    folder = Path(bench.model["ckpt_path"])
+    loaded = WanTransformer3DModel.from_single_file(file, config=str(folder), subfolder="transformer").state_dict()
+    before = wan(folder).load_denoiser(CPU).state_dict()
+    assert loaded.keys() == before.keys()
+    assert all(not torch.equal(value, before[name]) for name, value in loaded.items() if name.endswith("weight"))
 
 
 def test_overfits_one_clip(bench: VideoBench, tmp_path: Path) -> None:

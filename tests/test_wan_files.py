@@ -134,11 +134,10 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("original", [True, False])
-def test_published_transformers_are_known_by_their_shapes(name, original, tmp_path):
+def test_published_transformers_are_known_by_their_shapes(name, tmp_path):
     with torch.device("meta"):
         model = WanTransformer3DModel(text_dim=4096, **PUBLISHED[name])
-    tensors = {original_name(key) if original else key: value for key, value in model.state_dict().items()}
+    tensors = {original_name(key): value for key, value in model.state_dict().items()}
     found = transformer_config(declared(tmp_path, "transformer", tensors))
     assert {key: value for key, value in found.items() if value != model.config[key]} == {}
 
@@ -189,9 +188,10 @@ def test_heads_are_read_from_the_original_configuration(folders, tmp_path):
     assert wan(folder).build_denoiser().config.num_attention_heads == 2
 
 
-@pytest.mark.parametrize("variant", ["t2v", "i2v", "flf2v"])
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("variant", "prefix", "precision"),
+    [("t2v", "", "bf16"), ("flf2v", "model.diffusion_model.", "bf16"), ("i2v", "", "fp16")],
+)
 def test_single_files_equal_the_folder(folders, variant, prefix, precision, tmp_path):
     def change(tensors):
         return {name: value.half() for name, value in tensors.items()} if precision == "fp16" else dict(tensors)
@@ -324,6 +324,17 @@ def test_t5_is_not_umt5(folders, tmp_path):
     name = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     save_file({key: value for key, value in tensors.items() if key != name}, options["llm_path"])
     assert f"'{options['llm_path']}' is not UMT5-XXL" in refusal(**options)
+
+
+def test_marks_in_a_file_and_the_name_of_skyreels(folders, tmp_path):
+    options = write_single(folders["t2v"], tmp_path)
+    tensors = load_file(options["transformer_path"])
+    marks = {"model_type.Wan2_1-T2V": torch.zeros(1), "scaled_fp8": torch.zeros(2)}
+    save_file({**tensors, **marks}, tmp_path / "Wan2_1-SkyReels-V2.safetensors")
+    for path, fps in ((options["transformer_path"], 16.0), (str(tmp_path / "Wan2_1-SkyReels-V2.safetensors"), 24.0)):
+        family = wan(**{**options, "transformer_path": path})
+        family.check_files()
+        assert family.fps == fps
 
 
 @pytest.mark.parametrize("name", ["vace_blocks.0.before_proj.weight", "motion_encoder.enc.fc.0.weight"])

@@ -192,7 +192,7 @@ class StopsAfter(RunFolder):
         self._left, self._commands, self._by_signal = step, commands, by_signal
 
     def take_requests(self) -> Iterator[Command]:
-        self._left -= 1
+        self._left -= self.read_status().state == "training"
         if self._left == 0 and self._by_signal:
             signal.raise_signal(signal.SIGTERM)  # heard at the end of the next step
         elif self._left == 0:

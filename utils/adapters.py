@@ -17,6 +17,7 @@ from .adapted import Adapted, shapes_of
 from .adapter_files import Addition, read_additions
 from .adapter_layers import Adapter, Loha, Lokr, Lora, Shape
 from .config import SettingsError
+from .finetune import rate_of
 from .randomness import generator
 from .settings import AdapterTable
 from .settings import Lokr as LokrTable
@@ -26,11 +27,16 @@ logger = logging.getLogger(__name__)
 KINDS: dict[str, type[Adapter]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
 
 
-def inject(denoiser: nn.Module, family: Family, settings: AdapterTable, seed: int) -> nn.Module:
+def inject(
+    denoiser: nn.Module, family: Family, settings: AdapterTable, seed: int, rates: Mapping[str, float] | None = None
+) -> nn.Module:
     """Freezes ``denoiser`` and adds trainable fp32 adapters to its target layers, in place.
 
     Layers on the meta device, which other stages have, get none. Initial values depend on ``seed`` and the layer's
     name alone; with init_from_existing those of the file's layers are the file's, and so is their rank.
+
+    Args:
+        rates: Learning rates by regular expression of names; layers that would have 0 get none.
 
     Raises:
         SettingsError: target_modules or exclude_modules name no layer; the existing file does not fit.
@@ -38,7 +44,8 @@ def inject(denoiser: nn.Module, family: Family, settings: AdapterTable, seed: in
     denoiser.requires_grad_(False)
     shapes = shapes_of(denoiser)
     existing = _existing(denoiser, family, settings)
-    names = sorted({*target_names(denoiser, family, settings), *existing})
+    targets = [name for name in target_names(denoiser, family, settings) if rate_of(f"{name}.weight", rates or {}) != 0]
+    names = sorted({*targets, *existing})
     for name in names:
         base: Any = denoiser.get_submodule(name)
         if base.weight.is_meta:

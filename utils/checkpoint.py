@@ -26,7 +26,7 @@ from .trained import Trained
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(
@@ -56,14 +56,15 @@ def save_checkpoint(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     barrier()
-    if is_writer:
+    if is_writer or trained.collective:
         tensors, rest = trained.state()
-        write_tensors(draft / f"weights-{part}.safetensors", trained.masters())
-        write_tensors(draft / f"optimizer-{part}.safetensors", tensors)
-        torch.save(rest, draft / f"optimizer-{part}.pt")
+        write_tensors(draft / f"weights-{part}.safetensors" if is_writer else None, trained.masters())
+        write_tensors(draft / f"optimizer-{part}.safetensors" if is_writer else None, tensors)
         if trained.ema:
-            values = {name: Promise.of(value) for name, value in trained.ema.values.items()}
-            write_tensors(draft / f"ema-{part}.safetensors", values)
+            values = {name: trained.promise(name, value) for name, value in trained.ema.values.items()}
+            write_tensors(draft / f"ema-{part}.safetensors" if is_writer else None, values)
+    if is_writer:
+        torch.save(rest, draft / f"optimizer-{part}.pt")
     barrier()
     if is_main:
         write_whole(draft / "progress.json", json.dumps({"format": FORMAT, "step": step, **progress}))
@@ -79,11 +80,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, trained: Trained, *, optimizer_state: bool = True, optimizer_groups: bool = True
+    folder: Path,
+    trained: Trained,
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
+    *,
+    optimizer_state: bool = True,
+    optimizer_groups: bool = True,
 ) -> dict[str, Any]:
     """Takes over a checkpoint; returns its progress.
 
     Args:
+        check: Looks at the progress before anything is taken over; raises what is wrong.
         optimizer_state: Also the optimizer's running averages.
         optimizer_groups: Also its numbers, such as weight decay, but never the learning rate.
 
@@ -100,6 +107,7 @@ def load_checkpoint(
         raise SettingsError(
             f"resume_from_checkpoint: '{folder}' has format {progress.get('format')}, this version reads {FORMAT}"
         )
+    check(progress)
     rest: dict[str, Any] = {"values": {}, "groups": []}
     for file in sorted(folder.glob("optimizer-*.pt")):
         part = torch.load(file, map_location="cpu", weights_only=True)
@@ -109,11 +117,11 @@ def load_checkpoint(
     state = TensorFiles(sorted(folder.glob("optimizer-*.safetensors")) if optimizer_state else [])
     trained.load(weights, state, rest)
     if trained.ema:
-        _load_ema(trained.ema, TensorFiles(sorted(folder.glob("ema-*.safetensors"))), progress["step"])
+        _load_ema(trained, trained.ema, TensorFiles(sorted(folder.glob("ema-*.safetensors"))), progress["step"])
     return progress
 
 
-def _load_ema(ema: Ema, stored: TensorFiles, step: int) -> None:
+def _load_ema(trained: Trained, ema: Ema, stored: TensorFiles, step: int) -> None:
     """Takes over the average; begins one where the checkpoint has none."""
     ema.step = step
     if not all(name in stored for name in ema.values):
@@ -121,7 +129,7 @@ def _load_ema(ema: Ema, stored: TensorFiles, step: int) -> None:
         ema.begin()
         return
     for name, value in ema.values.items():
-        value.copy_(stored.read(name))
+        value.copy_(trained.mine(name, stored.read(name)))
 
 
 def newest_checkpoint(run: RunFolder) -> Path:

@@ -64,10 +64,14 @@ KEPT_NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "lora_linear", "st
 """Operators whose results are dear to compute again, besides attention."""
 
 
-def _policy(context: Any, operator: Any, *unused: Any, **options: Any) -> CheckpointPolicy:
+def is_dear(operator: Any) -> bool:
+    """Whether selective checkpointing keeps the result of an operator."""
     name = operator._schema.name.split("::")[-1]
-    dear = name in KEPT_NAMES or "dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    return name in KEPT_NAMES or "dot_product" in name
+
+
+def _policy(context: Any, operator: Any, *unused: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_dear(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Inputs:

@@ -66,7 +66,7 @@ class Exporter:
         dtype = getattr(torch, self.settings.save_dtype)
         export_model(
             target,
-            self.trained.everything(dtype, self.family.float32) if self.is_writer else {},
+            self.trained.everything(dtype, self.family.float32) if self.is_writer or self.trained.collective else {},
             lambda weights: {**self.family.other_tensors(weights), **self.family.comfyui_tensors(weights)},
             about,
             copies,

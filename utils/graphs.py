@@ -68,7 +68,8 @@ class StepGraphs:
         static = [tensor.clone() for tensor in (*inputs, *labels)]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # "thread_local": the loader's thread may pin memory meanwhile, which is none of this recording's business
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._step(tuple(static[: len(inputs)]), tuple(static[len(inputs) :]))
         except RuntimeError as error:
             self._working = False

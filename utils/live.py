@@ -49,7 +49,8 @@ def owners_of(layers: Sequence[Layer], bounds: Sequence[int]) -> dict[nn.Module,
 class Live(nn.Module):
     """Passes for the denoiser; tells the precision that it computes in, whatever its weights are stored in.
 
-    It computes only within `ready`. All processes of a pipeline enter it together and make the same calls.
+    It computes only within `ready`. All processes of a pipeline enter it together and make the same calls. Of a
+    denoiser that is a ModuleDict of networks, each passes for itself in the same way.
     """
 
     def __init__(
@@ -79,7 +80,11 @@ class Live(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("denoiser"), name)
+            denoiser = super().__getattr__("denoiser")
+        value = getattr(denoiser, name)
+        if isinstance(denoiser, nn.ModuleDict) and isinstance(value, nn.Module):  # one of several networks
+            return Live(value, self._dtype, self._device, self._hooked)
+        return value
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the denoiser's own."""

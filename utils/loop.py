@@ -6,7 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ from .sampler import Sampler
 from .schedules import learning_rate_factor
 from .settings import TrainSettings
 from .trained import Trained
+from .watch import Watch
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,9 @@ class Loop:
     observation: Observation
     position: Position
     total: int
-    num_samples: int
+    identity: dict[str, Any]
+    """What a checkpoint remembers of the run."""
+    watch: Watch
     _running: _Running | None = field(default=None, init=False)
     _finished_at: float = field(default=0.0, init=False)
     _exported: int = field(default=0, init=False)
@@ -78,15 +82,15 @@ class Loop:
         position = self.position
         self._exported = self._saved = position.step
         self._saved_at = time.monotonic()
-        if position.step == 0:
+        if position.step == 0 or self.settings.test_sample:
             self.observation.observe(position, curves, self.observation.due_at_start())
         while position.step < self.total:
-            plan = self.sampler.epoch(position.epoch)
+            plan = self.sampler.epoch(position.epoch, position.past)
             steps = plan[position.step_in_epoch :]
             for draws, batches in zip(steps, self.loader.steps(position.epoch, steps), strict=True):
                 self._step(batches, sum(draw.weight > 0 for draw in draws))
                 if position.step_in_epoch == len(plan):
-                    self._end_epoch(len(plan))
+                    self._end_epoch(len(plan) + sum(steps for _, steps in position.past))
                 if self._between_steps() & STOP:
                     logger.info("stopped as asked after step %d", position.step)
                     self.control.say(state="stopped", phase="", eta=None)
@@ -94,7 +98,7 @@ class Loop:
                 if position.step >= self.total:
                     break
         if self._exported != position.step:
-            self._export(f"step{position.step}" if position.step_in_epoch else f"epoch{position.epoch}")
+            self._export(f"epoch{position.epoch}" if position.at_end_of_epoch else f"step{position.step}")
         if self._saved != position.step:
             self._checkpoint()
         logger.info("finished after %d steps", position.step)
@@ -182,11 +186,13 @@ class Loop:
                 + ("" if self.settings.model.dtype != "float16" else " or use dtype bfloat16")
             )
         seconds, self._finished_at = time.monotonic() - self._finished_at, time.monotonic()
+        self.watch.step(seconds)
         self.position.epoch_loss += loss
         if running.step % self.settings.logging_steps == 0:
             curves = {"loss": loss, "lr": running.learning_rate, "grad_norm": grad_norm, "step_seconds": seconds}
             curves["samples_per_second"] = running.num_samples / seconds
-            self._curves.add(running.place, **curves, **self._gpu.values())
+            self._curves.add(running.place, **curves, **self.trained.curves(), **self._gpu.values())
+            self._curves.add_spread(running.place, "automagic_lrs", self.trained.rates())
         self._say(running, loss, seconds)
 
     def _say(self, running: _Running, loss: float, seconds: float) -> None:
@@ -242,7 +248,7 @@ class Loop:
         self._saved = self.position.step
         self._settle()
         s, grid = self.settings, self.engine.grid
-        progress = {"position": vars(self.position), "seed": s.seed, "num_samples": self.num_samples}
+        progress = {**self.identity, "position": asdict(self.position)}
         path = save_checkpoint(
             self.folder,
             self.position.step,

@@ -14,6 +14,8 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from .wandb_run import WandbRun
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,8 +25,13 @@ class Curves:
     A place on the curves is a number of steps or of samples, as the run counts.
     """
 
-    def __init__(self, folder: Path | None, purge_after: int | None) -> None:
-        """``purge_after``: the place after which points of an earlier process no longer hold."""
+    def __init__(self, folder: Path | None, purge_after: int | None, mirror: WandbRun | None = None) -> None:
+        """
+        Args:
+            purge_after: The place after which points of an earlier process no longer hold.
+            mirror: Gets the same.
+        """
+        self._mirror = mirror
         purge = None if purge_after is None else purge_after + 1
         self._writer = None if folder is None else SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
@@ -37,9 +44,20 @@ class Curves:
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, place)
+        if self._mirror:
+            self._mirror.add_all(place, values)
 
-    def add_pictures(self, place: int, pictures: Sequence[Sequence[Image.Image]], fps: float) -> None:
-        """Pictures ``samples/00`` ..., clips as moving ones."""
+    def add_spread(self, place: int, name: str, values: Sequence[torch.Tensor]) -> None:
+        """A histogram ``train/<name>`` of all values; nothing of none."""
+        if self._writer and values:
+            self._writer.add_histogram(f"train/{name}", torch.cat([value.flatten().cpu() for value in values]), place)
+
+    def add_pictures(
+        self, place: int, pictures: Sequence[Sequence[Image.Image]], files: Sequence[Path], fps: float
+    ) -> None:
+        """Pictures ``samples/00`` ..., clips as moving ones; ``files`` hold the same."""
+        if self._mirror:
+            self._mirror.add_pictures(place, pictures, files)
         for number, frames in enumerate(pictures):
             if self._writer:
                 buffer = io.BytesIO()
@@ -62,6 +80,8 @@ class Curves:
     ) -> None:
         if self._writer:
             self._writer.close()
+        if self._mirror:
+            self._mirror.close(failed=error is not None)
 
 
 class Gpu:

@@ -87,5 +87,5 @@ class Observation:
         if self.world.rank == 0:
             fps = self.family.fps or 16.0
             files = save(drawn, self.folder.samples, f"step{position.step:06d}", fps)
-            curves.add_pictures(position.place(self.settings.x_axis_examples), drawn, fps)
+            curves.add_pictures(position.place(self.settings.x_axis_examples), drawn, files, fps)
             self.control.say(samples=[str(file) for file in files], samples_step=position.step)

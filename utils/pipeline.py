@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -28,12 +27,10 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.utils import partition_balanced, partition_uniform
 from torch import nn
 
 from ..models.base import Batch, Layer
 from .checkpointing import Checkpointing
-from .config import SettingsError
 from .graphs import StepGraphs
 from .offload import BlockSwap
 from .trained import Trained
@@ -74,7 +71,7 @@ class Chain(PipelineModule):
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[Layer | Link],
         num_stages: int,
         bounds: Sequence[int],
         loss: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor],
@@ -86,7 +83,8 @@ class Chain(PipelineModule):
         self._bounds = list(bounds)
         self._checkpointing, self.swap = checkpointing, swap
         with contextlib.redirect_stdout(io.StringIO()):  # quirk print
-            super().__init__([Link(layer) for layer in layers], num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
+            links = [layer if isinstance(layer, Link) else Link(layer) for layer in layers]
+            super().__init__(links, num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
         if compiled:  # alike blocks share one compilation
             torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
@@ -138,33 +136,6 @@ class Chain(PipelineModule):
         """What was issued last may never have run."""
         if self.swap:
             self.swap.forget()
-
-
-def partition(layers: Sequence[Layer], num_stages: int, method: str, split: Sequence[int] | None) -> list[int]:
-    """First layer of each stage, and the number of layers at the end.
-
-    Raises:
-        SettingsError: The method is unknown or the split does not fit the layers.
-    """
-    if num_stages > len(layers):
-        raise SettingsError(
-            f"pipeline_stages: this model has {len(layers)} layers, so at most that many stages, got {num_stages}"
-        )
-    if method == "manual":
-        bounds = [0, *(split or []), len(layers)]
-        if bounds != sorted(set(bounds)):
-            raise SettingsError(f"partition_split: must rise between 1 and {len(layers) - 1}, got {split}")
-        return bounds
-    if method == "uniform":
-        return list(partition_uniform(len(layers), num_stages))
-    if method.startswith("type:"):
-        pattern = re.compile(method.removeprefix("type:"), re.IGNORECASE)
-        weights = [int(any(pattern.search(type(m).__name__) for m in layer.submodules.values())) for layer in layers]
-        if not any(weights):
-            raise SettingsError(f"partition_method: no layer's class matches '{pattern.pattern}'")
-        return list(partition_balanced(weights, num_stages))
-    weights = [sum(p.numel() for m in layer.submodules.values() for p in m.parameters()) for layer in layers]
-    return list(partition_balanced(weights, num_stages))
 
 
 class Engine(PipelineEngine):

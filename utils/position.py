@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -18,6 +18,9 @@ class Position:
     """Samples trained so far; a sample that only fills up a step does not count."""
     newest: int = 0
     """How many of them came with the last step."""
+    past: list[tuple[dict[str, int], int]] = field(default_factory=list)
+    """Earlier parts of this epoch that were cut into steps of other sizes: samples of a step by bucket, and the number
+    of steps. `step_in_epoch` counts from their end."""
 
     def advance(self, examples: int) -> None:
         """One more step, of so many samples."""
@@ -26,7 +29,23 @@ class Position:
 
     def end_epoch(self) -> None:
         """The last step was the epoch's last."""
-        self.epoch, self.step_in_epoch, self.epoch_loss = self.epoch + 1, 0, 0.0
+        self.epoch += 1
+        self.restart_epoch()
+
+    def restart_epoch(self) -> None:
+        """This epoch begins with its first step."""
+        self.step_in_epoch, self.epoch_loss, self.past = 0, 0.0, []
+
+    def cut_otherwise(self, batch: dict[str, int]) -> None:
+        """The rest of this epoch is cut into steps of other sizes than so far, which were those of ``batch``."""
+        if self.step_in_epoch:
+            self.past = [*self.past, (batch, self.step_in_epoch)]
+            self.step_in_epoch = 0
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether the last step was the last of its epoch."""
+        return self.step_in_epoch == 0 and not self.past
 
     def place(self, in_examples: bool) -> int:
         """Where the last step lies on the curves."""
@@ -37,5 +56,5 @@ class Position:
         return bool(
             (steps and self.step % steps == 0)
             or (examples and self.examples // examples > (self.examples - self.newest) // examples)
-            or (epochs and self.step_in_epoch == 0 and self.epoch % epochs == 0)
+            or (epochs and self.at_end_of_epoch and self.epoch % epochs == 0)
         )

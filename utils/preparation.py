@@ -139,7 +139,7 @@ class Preparation:
                 except SettingsError as error:
                     raise SettingsError(f"eval_datasets: {name}: {error}") from None
                 logger.info("eval set %s: %d samples, %d left out", name, len(eval_samples[name]), len(other.left_out))
-            return samples, report, eval_samples, find_images(self.settings.sample, index)
+            return samples, report, eval_samples, find_images(self.settings.sample, index, self.family)
 
     def _scan(self, index: Index, dataset: DatasetSettings) -> tuple[list[Sample], Report]:
         s = self.settings

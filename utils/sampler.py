@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .buckets import Bucket
 from .dataset import Sample
+from .position import Position
 from .randomness import derive_seed
 
 
@@ -44,18 +45,45 @@ class Sampler:
         self._members = {bucket: np.array(members[bucket]) for bucket in sorted(members)}
         self._batch = {bucket: global_batch(bucket) if callable(global_batch) else global_batch for bucket in members}
 
-    def epoch(self, number: int) -> list[list[Draw]]:
-        """The steps of epoch ``number`` (from 0)."""
-        steps = []
+    def batch_sizes(self) -> dict[str, int]:
+        """Samples of one step, by bucket."""
+        return {str(bucket): size for bucket, size in self._batch.items()}
+
+    def epoch(self, number: int, past: Sequence[tuple[Mapping[str, int], int]] = ()) -> list[list[Draw]]:
+        """The steps of epoch ``number`` (from 0).
+
+        Args:
+            past: Parts of the epoch that have been trained in steps of other sizes: `batch_sizes` then, and the
+                number of steps. What is left of the epoch is cut into steps of today's sizes.
+        """
+        left = self._draws(number)
+        for turn, (sizes, num_steps) in enumerate(past):
+            batch = {bucket: sizes.get(str(bucket), size) for bucket, size in self._batch.items()}
+            done = self._cut(left, batch, number, turn)[:num_steps]
+            trained = {(draw.sample, draw.repeat) for step in done for draw in step if draw.weight}
+            left = {bucket: [draw for draw in draws if draw not in trained] for bucket, draws in left.items()}
+        return self._cut(left, self._batch, number, len(past))
+
+    def _draws(self, number: int) -> dict[Bucket, list[tuple[int, int]]]:
+        """Sample and repeat of all draws of an epoch, in order, by bucket."""
+        found = {}
         for bucket, members in self._members.items():
             counts = self._counts(members, number)
             draws = [
                 (index, n) for index, count in zip(members.tolist(), counts.tolist(), strict=True) for n in range(count)
             ]
             random.Random(derive_seed("order", self._seed, number, bucket)).shuffle(draws)
-            size = self._batch[bucket]
-            steps += [_step(draws[start : start + size], size) for start in range(0, len(draws), size)]
-        random.Random(derive_seed("steps", self._seed, number)).shuffle(steps)
+            found[bucket] = draws
+        return found
+
+    def _cut(
+        self, draws: Mapping[Bucket, list[tuple[int, int]]], batch: Mapping[Bucket, int], number: int, turn: int
+    ) -> list[list[Draw]]:
+        steps = []
+        for bucket, members in draws.items():
+            size = batch[bucket]
+            steps += [_step(members[start : start + size], size) for start in range(0, len(members), size)]
+        random.Random(derive_seed("steps", self._seed, number, *[turn] * (turn > 0))).shuffle(steps)
         return steps
 
     def num_steps(self, epoch: int) -> int:
@@ -63,11 +91,20 @@ class Sampler:
         totals = ((bucket, int(self._counts(members, epoch).sum())) for bucket, members in self._members.items())
         return sum(-(-total // self._batch[bucket]) for bucket, total in totals)
 
-    def total_steps(self, epochs: int) -> int:
-        """How many steps the first ``epochs`` epochs have."""
+    def total_steps(self, epochs: int, first: int = 0) -> int:
+        """How many steps the epochs from ``first`` to before ``epochs`` have."""
+        if first >= epochs:
+            return 0
         if (self._repeats == np.floor(self._repeats)).all():
-            return epochs * self.num_steps(0)
-        return sum(self.num_steps(epoch) for epoch in range(epochs))
+            return (epochs - first) * self.num_steps(0)
+        return sum(self.num_steps(epoch) for epoch in range(first, epochs))
+
+    def total_from(self, position: Position, epochs: int) -> int:
+        """The number of the last step of a run of ``epochs`` epochs that stands at ``position``."""
+        if position.epoch >= epochs:
+            return position.step
+        left = self.num_steps(position.epoch) if not position.past else len(self.epoch(position.epoch, position.past))
+        return position.step - position.step_in_epoch + left + self.total_steps(epochs, position.epoch + 1)
 
     def _counts(self, members: np.ndarray, epoch: int) -> np.ndarray:
         """Repeats of samples in an epoch; a fractional count rotates over samples and epochs."""

@@ -96,12 +96,14 @@ def _opened(media: Media) -> Image.Image:
         raise SettingsError(f"sample.images: '{media.source.path}' cannot be read ({error})") from None
 
 
-def find_images(settings: Sampling, index: Index) -> list[Media]:
+def find_images(settings: Sampling, index: Index, family: Family) -> list[Media]:
     """The pictures of the settings.
 
     Raises:
-        SettingsError: One is missing or cannot be read.
+        SettingsError: One is missing or cannot be read, or the family draws from pictures and there is none.
     """
+    if settings.prompts and not settings.images and not family.takes_pictures:
+        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
     found = []
     for path in settings.images:
         file = os.path.abspath(os.path.expanduser(path))

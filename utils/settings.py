@@ -33,6 +33,15 @@ class FusedAdapter(Table):
     path: str = option(..., "A .safetensors file, or a folder that holds one.", picker="loras")
     weight: float = option(1.0, "Its strength.", step=0.05)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        """``a.safetensors * 0.8``, or the file alone."""
+        if not isinstance(value, str):
+            return value
+        path, star, weight = value.rpartition(" * ")
+        return {"path": path.strip(), "weight": weight.strip()} if star else {"path": value}
+
 
 class AdapterTable(Table):
     """What every kind of adapter has."""
@@ -75,7 +84,11 @@ class AdapterTable(Table):
         None, "An adapter to start from: a .safetensors file or a folder that holds one.", picker="loras"
     )
     fuse_adapters: list[FusedAdapter] = option(
-        [], "Adapters that are added to the base before training: [{path = ..., weight = 1.0}].", advanced=True
+        [],
+        "Adapters that are added to the base before training: tables with path and weight, or lines such as "
+        "style.safetensors * 0.8.",
+        lines=True,
+        advanced=True,
     )
 
     @property
@@ -151,8 +164,8 @@ class Optimizer(Table):
 
     type: str = option(
         ...,
-        "adamw, adamw8bit, adamw_optimi, AdamW8bitKahan, Lion, Adafactor, Prodigy, automagic, "
-        "sgd, or the name of any class in pytorch_optimizer.",
+        "adamw, adamw8bit, adamw_optimi, stableadamw, AdamW8bitKahan, Lion, Adafactor, Prodigy, ScheduleFreeAdamW, "
+        "Muon, automagic, genericoptim, sgd, offload, or the name of any class in pytorch_optimizer.",
     )
     lr: float | None = option(
         None, "Learning rate. Prodigy finds its own and wants 1.0 here; automagic ignores it.", ge=0, le=10, step=1e-8
@@ -161,6 +174,25 @@ class Optimizer(Table):
     weight_decay: float | None = option(None, "Pull of the weights towards zero.", ge=0, step=0.001)
     eps: float | None = option(
         None, "Guards the division by the root of the squared gradient.", gt=0, step=1e-12, advanced=True
+    )
+    beta2_half_life: float | None = option(
+        None,
+        "Samples after which the running average of the squared gradient has half forgotten; sets the second of betas, "
+        "whatever the batch.",
+        gt=0,
+        step=1,
+        advanced=True,
+    )
+    offload: bool = option(
+        False,
+        "Keep the optimizer's state and float32 weights in main memory and step there: slower, much less GPU memory.",
+        advanced=True,
+    )
+    gradient_release: bool = option(
+        False,
+        "Step each weight as soon as its gradient is there, so that gradients take no memory. Without accumulation, "
+        "clipping and further GPUs for the same weights.",
+        advanced=True,
     )
     model_config = ConfigDict(extra="allow")
 
@@ -311,13 +343,13 @@ class TrainSettings(Table):
     train_only: list[str] | None = option(
         None,
         "Without an adapter: train weights in whose name one of these regular expressions is found. Left out: all.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     freeze: list[str] | None = option(
         None,
         "Without an adapter: do not train weights in whose name one of these regular expressions is found.",
-        multiline=True,
+        lines=True,
         advanced=True,
     )
     learning_rates: dict[str, float] = option(
@@ -387,9 +419,18 @@ class TrainSettings(Table):
         ui_max=1024,
     )
     pipeline_stages: int = option(1, "Into how many parts the model is cut, one GPU each.", ge=1, step=1, ui_max=64)
+    zero_stage: int = option(
+        0,
+        "ZeRO: what the GPUs that train the same weights share out. 1: the optimizer's state and master weights; 2: "
+        "gradients, too; 3: weights, too. 2 and 3 without adapter and pipeline stages.",
+        ge=0,
+        le=3,
+        step=1,
+        advanced=True,
+    )
     partition_method: str = option(
-        "parameters",
-        "How layers are shared out over stages: parameters (equal weights), uniform (equal count), "
+        "cost",
+        "How layers are shared out over stages: cost (equal time), parameters (equal weights), uniform (equal count), "
         "type:NAME (equal count of layers whose name matches), or manual.",
         advanced=True,
     )
@@ -505,6 +546,11 @@ class TrainSettings(Table):
         False, "Take the dataset as it was found last time, without looking at its files.", advanced=True
     )
     cache_only: bool = option(False, "Fill the cache and stop.", advanced=True)
+    test_sample: bool = option(
+        False,
+        "Draw the samples of [sample] with the model as it is and stop; without prompts one picture of 512x512.",
+        advanced=True,
+    )
     dump_dataset: str | None = option(
         None,
         "Write up to 100 samples as the model will see them, cropped and resized, into this folder and stop. "
@@ -512,7 +558,10 @@ class TrainSettings(Table):
         advanced=True,
     )
     i_know_what_i_am_doing: bool = option(
-        False, "Accepted from older files; sizes and numbers of resolutions are not limited here.", advanced=True
+        False,
+        "Go on from a checkpoint although seed, model, adapter or kind of optimizer are others now. Sizes and numbers "
+        "of resolutions are not limited anyway.",
+        advanced=True,
     )
 
     eval_datasets: list[EvalDataset] = option(
@@ -606,7 +655,11 @@ class TrainSettings(Table):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        problems = list(_unavailable(self))
+        problems = list[str]()
+        if self.test_sample:
+            self.sample.before_first_step = True
+            if not self.sample.prompts:
+                self.sample.prompts, self.sample.width, self.sample.height = ["a photo of a cat"], 512, 512
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:
@@ -627,9 +680,17 @@ class TrainSettings(Table):
                 "adapter.target_modules and adapter.exclude_modules"
             )
         problems += _bad_patterns(self)
-        if self.partition_method.split(":")[0] not in ("parameters", "uniform", "type", "manual"):
+        problems += _release_problems(self) if self.optimizer.gradient_release else []
+        problems += _zero_problems(self) if self.zero_stage >= 2 else []
+        if self.model.quantized_matmul and self.model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
             problems.append(
-                f"partition_method: must be parameters, uniform, type:NAME or manual, got '{self.partition_method}'"
+                "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
+                "'int8', or leave it out"
+            )
+        if self.partition_method.split(":")[0] not in ("cost", "parameters", "uniform", "type", "manual"):
+            problems.append(
+                "partition_method: must be cost, parameters, uniform, type:NAME or manual, got "
+                f"'{self.partition_method}'"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -656,6 +717,43 @@ def _full_problems(settings: TrainSettings) -> list[str]:
     return found
 
 
+ELEMENTWISE = ("adamw", "adamw_optimi", "sgd", "lion")
+"""Optimizers that step each weight by itself, so that a share of a matrix is stepped like the whole."""
+
+
+def _zero_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with ZeRO 2 and 3."""
+    with_stage = f"zero_stage: {settings.zero_stage} does not go together with"
+    found = []
+    if settings.adapter is not None:
+        found.append(f"{with_stage} an adapter, whose weights are few; set 0 or 1")
+    if settings.pipeline_stages > 1:
+        found.append(f"{with_stage} pipeline_stages, which already part the model; set 1")
+    if settings.blocks_to_swap:
+        found.append(f"{with_stage} blocks_to_swap; set that to 0")
+    if settings.sample.prompts:
+        found.append(f"{with_stage} sample.prompts; leave those out, or set 1")
+    if settings.model.merge_adapters:
+        found.append(f"{with_stage} model.merge_adapters; merge them into the file first")
+    if settings.optimizer.type.lower() not in ELEMENTWISE:
+        found.append(
+            f"optimizer.type: {settings.optimizer.type} looks at whole matrices, of which zero_stage "
+            f"{settings.zero_stage} leaves a share to each GPU; use {', '.join(ELEMENTWISE)}, or zero_stage 1"
+        )
+    return found
+
+
+def _release_problems(settings: TrainSettings) -> list[str]:
+    """What does not go together with stepping in the backward pass."""
+    if settings.gradient_accumulation_steps > 1:
+        return ["optimizer.gradient_release: steps after each micro-batch; set gradient_accumulation_steps = 1"]
+    if settings.zero_stage:
+        return ["optimizer.gradient_release: steps before ranks have shared gradients; set zero_stage = 0"]
+    if settings.optimizer.offload:
+        return ["optimizer.gradient_release: steps on the GPU; leave optimizer.offload out"]
+    return []
+
+
 def _bad_patterns(settings: TrainSettings) -> list[str]:
     found = []
     for key in ("train_only", "freeze", "learning_rates"):
@@ -671,14 +769,6 @@ def bad_pattern(pattern: str) -> str:
     except re.error as error:
         return f"'{pattern}' is not a regular expression ({error})"
     return ""
-
-
-def _unavailable(settings: TrainSettings) -> list[str]:
-    """Options of older files that this version cannot honour; better refused than silently ignored."""
-    found = []
-    if settings.monitoring.enable_wandb:
-        found.append("monitoring.enable_wandb: not available yet; use TensorBoard")
-    return found
 
 
 class FolderOptions(Table):

@@ -45,6 +45,9 @@ class Trained:
         owners: ZeRO 1: the ranks among which stepping is shared out, each whole parameter to one of them.
     """
 
+    collective = False
+    """Whether all ranks take part when one writes."""
+
     def __init__(
         self,
         names: Mapping[nn.Parameter, str],
@@ -64,14 +67,23 @@ class Trained:
             for name, p in self.parameters.items()
             if self.owner[name] == self.share.rank
         }
-        wide = not kahan and not offload
-        self.gradients = Gradients(self.parameters, torch.float32 if wide else None)
-        for name, stepped in self.stepped.items():
-            view = self.gradients.views[name]
-            stepped.grad = view if stepped.device == view.device else torch.empty_like(stepped)
+        self.gradients = self._bind_gradients(wide=not kahan and not offload)
         self.optimizers = build(self.stepped)
         self.ema: Ema | None = None
         """Their moving average, where one is kept."""
+
+    def _bind_gradients(self, wide: bool) -> Gradients:
+        """Where gradients are summed, and what the optimizers find them in.
+
+        Args:
+            wide: Sum them in float32.
+        """
+        gradients = Gradients(self.parameters, torch.float32 if wide else None)
+        for name, stepped in self.stepped.items():
+            view = gradients.views[name]
+            apart = stepped.device != view.device or stepped.dtype != view.dtype
+            stepped.grad = torch.empty_like(stepped) if apart else view
+        return gradients
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -83,8 +95,10 @@ class Trained:
         """One update from the gradients as they are."""
         for name, stepped in self.stepped.items():
             view = self.gradients.views[name]
-            if stepped.grad is not None and stepped.device != view.device:
-                stepped.grad.copy_(view)
+            if stepped.grad is not None and stepped.grad is not view:
+                stepped.grad.copy_(view, non_blocking=True)
+        if any(p.is_pinned() for p in self.stepped.values()):
+            torch.cuda.current_stream().synchronize()  # the gradients are here
         for optimizer in self.optimizers:
             optimizer.step()
         if self.ema:
@@ -96,10 +110,24 @@ class Trained:
         """Puts the stepped values where the model computes with them, on all ranks that share them."""
         for name, stepped in self.stepped.items():
             if stepped is not self.parameters[name]:
-                self.parameters[name].copy_(stepped)
+                self.parameters[name].copy_(stepped, non_blocking=True)
         if self.share.size > 1:
             for name, parameter in self.parameters.items():
                 dist.broadcast(parameter.data, group=self.share.group, group_src=self.owner[name])
+
+    def curves(self) -> dict[str, float]:
+        """What optimizers that find their own learning rate have found."""
+        found = {}
+        if distances := [float(group["d"]) for group in self.groups if "d" in group]:
+            found["prodigy_d"] = max(distances)
+        if rates := self.rates():
+            found["automagic_avg_lr"] = (sum(r.sum() for r in rates) / sum(r.numel() for r in rates)).item()  # type: ignore[union-attr]
+        return found
+
+    def rates(self) -> list[torch.Tensor]:
+        """The learning rate of every weight, of optimizers that have one for each."""
+        states = [optimizer.state[p] for optimizer in self.optimizers for p in optimizer.state]
+        return [state["rates"] for state in states if "rates" in state]
 
     @contextmanager
     def averaged(self, ema: bool = False) -> Iterator[None]:
@@ -130,13 +158,21 @@ class Trained:
 
     # -- out and in -----------------------------------------------------------------------------------
 
+    def promise(self, name: str, value: torch.Tensor, dtype: torch.dtype | None = None) -> Promise:
+        """``value``, which belongs to parameter ``name``, to be written."""
+        return Promise.of(value, dtype)
+
+    def mine(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What this rank needs of ``value``, which was written for parameter ``name``."""
+        return value
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of what is trained, as precise as it is stepped."""
         return {name: self.stepped.get(name, p).detach().cpu().clone() for name, p in self.parameters.items()}
 
     def masters(self) -> dict[str, Promise]:
         """What this rank steps, to be written."""
-        return {name: Promise.of(p) for name, p in self.stepped.items()}
+        return {name: self.promise(name, p) for name, p in self.stepped.items()}
 
     def everything(self, dtype: torch.dtype, float32: Sequence[str] = ()) -> dict[str, Promise]:
         """All weights of the stage as ``dtype``, those with one of ``float32`` in their name in float32."""
@@ -144,7 +180,7 @@ class Trained:
         for name, parameter in self.all.items():
             value = self.stepped.get(name, parameter)
             kept = any(part in name for part in float32)
-            found[name] = Promise.of(value, torch.float32 if kept else dtype)
+            found[name] = self.promise(name, value, torch.float32 if kept else dtype)
         return found
 
     def state(self) -> tuple[dict[str, Promise], dict[str, Any]]:
@@ -160,7 +196,7 @@ class Trained:
                     name, state = names[parameter], optimizer.state.get(parameter, {})
                     for key, value in state.items():
                         if isinstance(value, torch.Tensor):
-                            tensors[f"{name}|{key}"] = Promise.of(value)
+                            tensors[f"{name}|{key}"] = self.promise(name, value)
                     plain = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
                     rest["values"][name] = plain
         return tensors, rest
@@ -177,10 +213,10 @@ class Trained:
                     f"resume_from_checkpoint: the checkpoint has no '{name}' of shape {list(parameter.shape)}; "
                     "resume with the model and adapter settings that it was made with"
                 )
-            value = weights.read(name)
-            parameter.data.copy_(value)
-            if name in self.stepped:
-                self.stepped[name].data.copy_(value)
+            value = self.mine(name, weights.read(name))
+            for target in (self.stepped.get(name), parameter):
+                if target is not None and target.shape == value.shape:
+                    target.data.copy_(value)
         keys: dict[str, list[str]] = {}
         for full in state.names():
             name, _, key = full.rpartition("|")
@@ -196,7 +232,8 @@ class Trained:
                     for key in keys.get(name, ()):
                         # torch's optimizers keep the number of steps on the CPU unless their kernels count it
                         here = key != "step" or group.get("fused") or group.get("capturable")
-                        found[key] = state.read(f"{name}|{key}").to(parameter.device if here else "cpu", copy=True)
+                        value = self.mine(name, state.read(f"{name}|{key}"))
+                        found[key] = value.to(parameter.device if here else "cpu", copy=True)
                     if found:
                         optimizer.state[parameter] = found
 

@@ -87,7 +87,8 @@ class Weights:
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Tensor ``name``, or some rows of it, on the CPU, in the file's precision.
 
-        A float8 tensor with a scale comes dequantised in float32. The result may alias the mapped file.
+        A float8 (e4m3) tensor with a scale comes dequantised in float32, with the scale as attribute
+        ``stored_scale``. The result may alias the mapped file.
 
         Raises:
             SettingsError: There is no such tensor, or it is quantised in a way that is not read here.
@@ -105,7 +106,10 @@ class Weights:
         scale = self._get(self._entry(scale_name), None).float()
         if scale.numel() > 1:  # one factor per row
             scale = (scale if rows is None else scale[rows]).reshape(-1, *[1] * (tensor.ndim - 1))
-        return tensor.float() * scale
+        value: Any = tensor.float() * scale
+        if entry.dtype == "F8_E4M3":
+            value.stored_scale = scale
+        return value
 
     def raw(self, name: str) -> bytes:
         """What lies in the file under ``name``, as bytes: a tokenizer, say."""
@@ -245,7 +249,7 @@ def fill(
                 raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
             layer = module.get_submodule(name.rpartition(".")[0])
             if storage and isinstance(layer, stored.StoredLinear) and name.endswith(".weight"):
-                filled[parameter] = layer.store(value.to(device), storage.dtype)
+                filled[parameter] = layer.store(value.to(device), storage.dtype, getattr(value, "stored_scale", None))
             else:
                 precision = torch.float32 if any(part in name for part in float32) else dtype
                 # A copy even where nothing changes: the value may be a view of the mapped file.
@@ -257,3 +261,5 @@ def fill(
         if leaf == "weight_scale":  # is where its weight is
             continue
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
+    if storage:
+        stored.hide_weights(module)

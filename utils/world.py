@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,6 +17,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
+
+from .config import SettingsError
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,19 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def all_see(self, folder: Path) -> None:
+        """Sees that every machine has ``folder``, into which each writes its part.
+
+        Raises:
+            SettingsError: One has not.
+        """
+        blind = sorted({host for host, seen in self.gather((socket.gethostname(), folder.is_dir())) if not seen})
+        if blind:
+            raise SettingsError(
+                f"output_dir: {', '.join(blind)} cannot see '{folder}'; with several machines choose a folder that all "
+                "of them share under the same path, and the same for cache_dir, models and pictures"
+            )
+
     def union(self, bits: int) -> int:
         """The bits that any rank sets."""
         tensor = torch.tensor([bits])
@@ -86,6 +104,7 @@ def join_world() -> World:
     device = torch.device(accelerator.device_name(local) if accelerator.device_name() != "cpu" else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _switch_off_what_gpus_lack()
     else:  # ranks share the cores instead of each starting a thread on all of them
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local()))
     # Caching and loading may take an hour on one rank while the others wait.
@@ -97,6 +116,23 @@ def join_world() -> World:
 def num_local() -> int:
     """How many of the run's processes are on this machine."""
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _switch_off_what_gpus_lack() -> None:
+    """GeForce cards of the 40 series have no direct way to each other, which NCCL may try all the same.
+
+    Variables that are set already, to whatever, are left alone.
+    """
+    names = {torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())}
+    reach = [torch.cuda.can_device_access_peer(0, other) for other in range(1, torch.cuda.device_count())]
+    for name in needed_switches(names, all(reach)):
+        os.environ.setdefault(name, "1")
+
+
+def needed_switches(gpus: Iterable[str], reach_each_other: bool) -> list[str]:
+    """NCCL's variables that must be 1 where these GPUs are."""
+    lacking = any(re.search(r"RTX 40\d\d", name) for name in gpus) and not reach_each_other
+    return ["NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"] if lacking else []
 
 
 def _free_port() -> int:

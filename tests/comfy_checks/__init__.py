@@ -13,13 +13,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def enter_comfyui(base: Path, cpu: bool = True) -> None:
-    """Makes ComfyUI's modules and this package importable, as main.py does."""
+def enter_comfyui(base: Path, cpu: bool = True, dynamic: bool = False) -> None:
+    """Makes ComfyUI's modules and this package importable, as main.py does.
+
+    Args:
+        dynamic: Weights are streamed to the GPU as they are used (dynamic VRAM), as newer versions do on their own.
+    """
     sys.path.insert(0, os.environ["COMFYUI_DIR"])
     sys.argv = ["main.py", *(["--cpu"] if cpu else []), "--base-directory", str(base)]
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if dynamic:
+        stream_weights()
     import utils.extra_config  # noqa: F401  # before others claim the name
 
     # isort: split
@@ -38,3 +44,23 @@ def enter_comfyui(base: Path, cpu: bool = True) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def stream_weights() -> None:
+    """Switches dynamic VRAM on; it must be ready before torch is."""
+    import comfy_aimdo.control
+
+    comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    devices = comfy.model_management.get_all_torch_devices()
+    try:
+        ready = comfy_aimdo.control.init_devices((device.index, 0) for device in devices)
+    except TypeError:  # 0.4.9 and older
+        ready = comfy_aimdo.control.init_devices(device.index for device in devices)
+    if not ready:
+        raise RuntimeError("dynamic VRAM does not work on this machine")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True

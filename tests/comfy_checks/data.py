@@ -88,6 +88,22 @@ def check_videos_and_control_latents() -> None:
             assert torch.allclose(carried.float(), wanted.float(), atol=1e-5)
 
 
+def check_the_first_picture_of_a_video_reaches_the_model() -> None:
+    """Wan from picture to video: its conditioning carries the picture as a latent, and where it is given."""
+    with torch.inference_mode():
+        model = mini.make_model("wan_i2v", seed=1)
+    given = mini.latents("wan", 1, 9, frames=3)["samples"]
+    known = torch.ones(1, 1, 3, 8, 8)
+    known[:, :, :1] = 0.0
+    positive = [mini.conditioning("wan", 4, concat_latent_image=given, concat_mask=known)]
+    with calls_of(model) as seen:
+        train(model, "wan", [mini.latents("wan", 1, 3, frames=3)], positive, steps=2)
+    for *_, kwargs in seen:
+        carried = kwargs["c_concat"]
+        assert carried.shape == (1, 20, 3, 8, 8)
+        torch.testing.assert_close(carried[:, 4:].float(), model.model.process_latent_in(given).float())
+
+
 def check_masks_decide_what_is_learned() -> None:
     family, model = next(models())
     mask = torch.zeros(1, 64, 64)

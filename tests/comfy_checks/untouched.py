@@ -9,10 +9,11 @@ from typing import Any
 
 import comfy.model_management as management
 import comfy_miniatures as mini
+import safetensors.torch
 import torch
 from diffusion_trainer.diffusion_nodes import lora_objective, lora_training
 
-from .harness import loras, models, picture_of, train
+from .harness import loras, models, picture_of, refusal, same, train
 
 
 def check_nothing_else_is_changed() -> None:
@@ -72,3 +73,23 @@ def check_cancel_keeps_or_discards() -> None:
         saved = list((loras()).glob(f"{choice}_*_steps.safetensors"))
         assert len(saved) == 1, saved
     assert torch.is_grad_enabled()
+
+
+def check_what_is_saved_on_the_way_is_the_lora_of_that_step() -> None:
+    for family, model in models():
+        name = f"way/{family}"
+        train(model, family, steps=5, seed=4, save_every=2, save_prefix=f"loras/{name}", gradient_accumulation=2)
+        for steps in (2, 4):
+            shorter = train(model, family, steps=steps, seed=4, gradient_accumulation=2)[1]
+            saved = safetensors.torch.load_file(loras() / f"{name}_{steps}_steps.safetensors")
+            assert same(shorter, saved), f"{family}: {steps}"
+        assert not (loras() / f"{name}_5_steps.safetensors").exists()
+
+
+def check_a_model_without_gradients_is_refused() -> None:
+    """Layers that another package computes in its own way, outside autograd."""
+    family, model = list(models())[2]
+    block = model.model.diffusion_model.head
+    usual = block.forward
+    block.forward = lambda *args, **kwargs: usual(*args, **kwargs).detach()
+    assert "no gradient" in refusal(model, family)

@@ -18,15 +18,26 @@ function choose(node, name, file) {
   node.setDirtyCanvas?.(true, true)
 }
 
+function menu(node) {
+  return (offers.get(node.comfyClass ?? node.type) ?? []).map(([name, files]) => ({
+    content: `${node.widgets?.find(widget => widget.name === name)?.label ?? name} ▸ models`,
+    has_submenu: true,
+    submenu: { options: files.map(file => ({ content: file, callback: () => choose(node, name, file) })) },
+  }))
+}
+
 app.registerExtension({
   name: 'diffusion-trainer.model-menu',
-  beforeRegisterNodeDef(nodeType, nodeData) { note(nodeData) },
-  refreshComboInNodes(definitions) { Object.values(definitions).forEach(note) },
-  getNodeMenuItems(node) {
-    return (offers.get(node.comfyClass ?? node.type) ?? []).map(([name, files]) => ({
-      content: `${name} ▸ models`,
-      has_submenu: true,
-      submenu: { options: files.map(file => ({ content: file, callback: () => choose(node, name, file) })) },
-    }))
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    note(nodeData)
+    if (app.collectNodeMenuItems || !offers.has(nodeData.name)) return
+    const before = nodeType.prototype.getExtraMenuOptions  // frontends of 2025 do not ask extensions
+    nodeType.prototype.getExtraMenuOptions = function (canvas, options) {
+      const result = before?.apply(this, arguments)
+      options.unshift(...menu(this), null)
+      return result
+    }
   },
+  refreshComboInNodes(definitions) { Object.values(definitions).forEach(note) },
+  getNodeMenuItems: menu,
 })

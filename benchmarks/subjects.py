@@ -1,0 +1,156 @@
+"""Families at their real size, with random weights in place of files: what `train_step.py` measures.
+
+A further family is one function here and its names in `SUBJECTS`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from diffusion_trainer.models.base import Family
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained."""
+
+    width: int
+    height: int
+    frames: int
+    small: bool
+    """Two blocks of each kind, to try the command itself."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A family that needs no files, and the shapes of its cached values."""
+
+    type: str
+    family: type[Family]
+    media: Shapes
+    text: Shapes
+    tokens: Shapes = field(default_factory=dict)
+    """Of captions for text encoders that are trained."""
+
+
+def random_weights(denoiser: Any, device: torch.device) -> Callable[[str], torch.Tensor]:
+    """Values for the parameters of a network without values, made on ``device`` when they are asked for."""
+    import torch
+
+    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
+
+    def read(name: str) -> torch.Tensor:
+        if "norm" in name and len(shapes[name]) == 1 and name.endswith("weight"):
+            return torch.ones(shapes[name], device=device, dtype=torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))  # the same whatever is read first
+        return torch.randn(shapes[name], device=device, dtype=torch.bfloat16, generator=generator) * 0.02
+
+    return read
+
+
+def flux(size: Size, device: torch.device) -> Subject:
+    """FLUX.1-dev."""
+    from diffusers import FluxTransformer2DModel
+    from diffusion_trainer.models.flux import Flux
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if size.small else {}
+
+    class RandomFlux(Flux):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: FluxTransformer2DModel(guidance_embeds=True, **shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("flux", RandomFlux, media, {"clip_pooled": (768,), "t5_embeds": (512, 4096)})
+
+
+def sdxl(size: Size, device: torch.device) -> Subject:
+    """SDXL; its text encoders are trained unless their learning rates are 0."""
+    from diffusion_trainer.models.sdxl import SDXL
+
+    channels = (32, 64, 64) if size.small else (320, 640, 1280)
+    layers = 2 if size.small else 32
+    texts: dict[str, dict[str, Any]] = {
+        "clip_l": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": min(12, layers),
+                   "num_attention_heads": 12, "hidden_act": "quick_gelu"},
+        "clip_g": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": layers,
+                   "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280},
+    }  # fmt: skip
+
+    class RandomSDXL(SDXL):
+        predicts_v: ClassVar = False
+        _unet_config: ClassVar = {
+            "block_out_channels": channels, "layers_per_block": 2,
+            "transformer_layers_per_block": (1, 1, 2) if size.small else (1, 2, 10),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": tuple(max(1, width // 64) for width in channels), "cross_attention_dim": 2048,
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }  # fmt: skip
+
+        def check_files(self) -> None: ...
+
+        def _text_config(self, name: str) -> dict[str, Any]:
+            return {**texts[name], "eos_token_id": 2}
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    text: Shapes = {f"{name}_embeds": (77, config["hidden_size"]) for name, config in texts.items()}
+    tokens: Shapes = {f"{name}_tokens": (1, 77) for name in texts}
+    media = {"latents": (4, size.height // 8, size.width // 8)}
+    return Subject("sdxl", RandomSDXL, media, {**text, "clip_g_pooled": (1280,)}, tokens)
+
+
+def wan(size: Size, device: torch.device, shape: dict[str, Any], task: Any = "t2v") -> Subject:
+    """Wan 2.1; the shape is that of WanTransformer3DModel."""
+    from diffusers import WanTransformer3DModel
+    from diffusion_trainer.models.wan import Variant, Wan
+    from diffusion_trainer.utils.weights import build
+
+    if size.small:
+        shape = {**shape, "num_attention_heads": 2, "ffn_dim": 512, "num_layers": 2}
+    if task == "i2v":
+        width = shape["num_attention_heads"] * 128
+        shape = {**shape, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": width}
+
+    class RandomWan(Wan):
+        variant = Variant(task, 16, task == "i2v")  # type: ignore[assignment]
+
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: WanTransformer3DModel(text_dim=4096, **shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    latents = (16, (size.frames - 1) // 4 + 1, size.height // 8, size.width // 8)
+    media: Shapes = {"latents": latents}
+    if task == "i2v":
+        media |= {"condition": latents, "image_embeds": (257, 1280)}
+    return Subject("wan", RandomWan, media, {"umt5_embeds": (120, 4096)})
+
+
+SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
+    "flux": flux,
+    "sdxl": sdxl,
+    "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "wan-14b": partial(wan, shape={"num_attention_heads": 40}),
+    "wan-i2v-14b": partial(wan, shape={"num_attention_heads": 40}, task="i2v"),
+}
+"""By name, as ``--family`` takes it."""

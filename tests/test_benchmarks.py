@@ -1,0 +1,28 @@
+"""The commands of ``benchmarks/`` run: they are needed rarely, and then at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("family", ["flux", "sdxl"])
+def test_train_step_measures_a_small_model(family: str) -> None:
+    settings = ["blocks_to_swap=1"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/train_step.py"),
+        f"--family={family}",
+        "--small",
+        "--steps=5",
+        "--width=64",
+        "--height=64",
+    ]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=300, check=False)
+    rows = done.stdout.splitlines()[1:]
+    assert done.returncode == 0, done.stderr
+    assert [row.split()[-1] for row in rows] == settings, done.stdout
+    assert all(float(row.split()[0]) > 0 for row in rows)
