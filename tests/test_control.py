@@ -1,6 +1,9 @@
 """Control files and signals: what a running training is asked to do, it does, and trains on as if nothing was asked."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from diffusion_trainer.utils.control import Control
 from diffusion_trainer.utils.run_folder import Command, RunFolder, Status
-from training import Bench, Result, world
+from training import Bench, Result, free_port, world
 
 
 class Scripted(RunFolder):
@@ -98,3 +101,71 @@ def test_asking_to_save_just_after_a_save_writes_nothing_twice(bench: Bench) -> 
                       checkpoint_every_n_steps=4)  # fmt: skip
     assert [Path(export).name for export in result.status.exports] == ["epoch1", "epoch2"]
     assert [folder.name for folder in result.folder.checkpoints()] == ["global_step4", "global_step8"]
+
+
+def test_every_phase_has_a_bar_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    folder = RunFolder(tmp_path)
+    control = Control(world(), folder, Status())
+    with caplog.at_level("INFO", "diffusion_trainer"):
+        control.progress("loading the picture encoder")
+        assert folder.read_status().phase == "loading the picture encoder"
+        for done in range(6):
+            now[0] += 6
+            control.progress("encoding pictures", done, 5)
+            status = folder.read_status()
+            assert (status.phase, status.phase_done, status.phase_total) == ("encoding pictures", done, 5)
+            assert status.eta == (pytest.approx((now[0] - 1006) / done * (5 - done)) if done else None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "loading the picture encoder",
+        "encoding pictures [--------------------] 0/5",
+        "encoding pictures [########------------] 2/5, 18 s left",
+        "encoding pictures [################----] 4/5, 6 s left",
+        "encoding pictures [####################] 5/5",
+    ]
+
+
+RANK = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import conftest
+from pathlib import Path
+from diffusion_trainer.utils.control import Control
+from diffusion_trainer.utils.index import Stopped
+from diffusion_trainer.utils.run_folder import RunFolder, Status
+from diffusion_trainer.utils.world import join_world
+
+world, folder = join_world(), RunFolder(Path({folder!r}))
+with Control(world, folder, Status()) as control:
+    done = 0
+    try:
+        for done in range(0 if world.rank == 2 else 600):  # rank 2 has nothing to do and waits for the others
+            if done == 5 and world.rank == 0:
+                folder.request("save_quit")
+            time.sleep(0.1)
+            control.progress("encoding", done, 600)
+    except Stopped:
+        pass
+    try:
+        control.meet()
+    except Stopped:
+        print("stopped", done)
+world.leave()
+"""
+
+
+def test_all_ranks_stop_while_caching_when_one_is_asked(tmp_path: Path) -> None:
+    script = RANK.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "3", "MASTER_PORT": port},
+        )
+        for n in range(3)
+    ]
+    said = [rank.communicate(timeout=240)[0].decode().splitlines()[-1].split() for rank in ranks]
+    assert [words[0] for words in said] == ["stopped"] * 3
+    assert int(said[1][1]) < 300

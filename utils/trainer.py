@@ -19,11 +19,12 @@ from .buckets import Bucket
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml
-from .control import Control, Stopped
+from .control import Control
 from .ema import Ema
 from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
+from .index import Stopped
 from .live import Live, Stages, owners_of
 from .loader import Loader
 from .loop import Loop
@@ -135,7 +136,14 @@ class Trainer:
         global_batch = self._global_batch(cache.samples[0].bucket)
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self.control.say(
-            state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch
+            state="training",
+            phase="",
+            phase_done=0,
+            phase_total=0,
+            eta=None,
+            total_steps=total,
+            step=position.step,
+            epoch=position.epoch,
         )
         loop = Loop(
             s,
@@ -182,7 +190,7 @@ class Trainer:
 
     def _build(self) -> tuple[Engine, Trained, Exporter, Live]:
         s = self.settings
-        self.control.say(phase="loading the model")
+        self.control.report("loading the model")
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
