@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import READERS, EditFamily, bomb, look, picture, video
+from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.dataset import recall, remember
 from diffusion_trainer.utils.settings import as_toml, parse_dataset_settings
@@ -120,8 +121,11 @@ def test_edit_instructions(tmp_path):
         (("make it blue",), ["s1.png"]), (("mix",), ["s1.png", "s2.png"])]  # fmt: skip
     assert len({s.key for s in samples}) == 2
     assert "gone.png" in next(iter(report.left_out.values()))
-    with pytest.raises(SettingsError, match="Flux takes no control pictures"):
-        look(folder)
+    for title in ("SDXL", "Wan"):
+        with pytest.raises(SettingsError, match=f"{title} takes no control pictures"):
+            look(folder, families()[title.lower()])
+    report = look(folder)[1]
+    assert "names 2 control pictures; Flux takes 1" in report.left_out.values()
 
 
 def test_documented_product_file():
