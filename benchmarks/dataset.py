@@ -85,6 +85,7 @@ def start(root: Path, fill: bool) -> dict[str, float]:
         files = index.Index(root / "cache" / "index.sqlite", pool)
         samples, report = timed("scan", lambda: dataset.scan(options, files, family))
         timed("remember", lambda: dataset.remember(root / "cache" / "scan", samples))
+        timed("keep", lambda: dataset.keep_for_good(samples))
         store = timed("open cache", lambda: cache.Cache(root / "cache", family, samples))
         timed("fill" if fill else "look for missing", lambda: store.fill(torch.device("cpu"), 64, pool))
     timed("note use", lambda: store.note_use("benchmark"))
@@ -107,8 +108,13 @@ def main() -> int:
         times = start(arguments.folder, arguments.start == "first")
         total = time.perf_counter() - begin
         peak = _peak_memory() / 2**20
+        cpu = os.times()
         parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in times.items())
-        print(f"{arguments.start} start: {total:.1f} s, {peak:.0f} MiB ({parts})", flush=True)
+        print(
+            f"{arguments.start} start: {total:.1f} s, {peak:.0f} MiB ({parts}); CPU {cpu.user + cpu.system:.1f} s, and "
+            f"{cpu.children_user + cpu.children_system:.1f} s of readers",
+            flush=True,
+        )
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

@@ -23,7 +23,7 @@ class DatasetPreview:
     RETURN_NAMES = ("contact_sheet", "report")
     OUTPUT_TOOLTIPS = (
         "Samples of all buckets on one sheet.",
-        "Counts, buckets, and every file that is left out with the reason.",
+        "Counts, buckets, every file that is left out with the reason, and the captions of what is shown.",
     )
     DEFAULT_FAMILY: ClassVar[str] = "flux"
 
@@ -79,8 +79,9 @@ class DatasetPreview:
             closing(Index(comfy.temp_directory() / "dataset_preview.sqlite", readers)) as index,
         ):
             samples, report = scan(settings, index, family, clip_mode, _progress)
-        sheet = preview.contact_sheet(preview.choose(samples, max_pictures, selection), family.fps)
-        return torch.from_numpy(np.asarray(sheet, dtype=np.float32) / 255.0)[None], "\n".join(report.lines())
+        shown = preview.choose(samples, max_pictures, selection)
+        sheet = np.asarray(preview.contact_sheet(shown, family.fps), dtype=np.float32) / 255.0
+        return torch.from_numpy(sheet)[None], "\n".join([*report.lines(), "", *preview.legend(shown)])
 
 
 def _progress(*_: Any) -> None:

@@ -22,7 +22,7 @@ from ..utils.config import SettingsError, read_toml, write_toml
 from ..utils.environment import Environment
 from ..utils.failure import log_tail
 from ..utils.processes import ProcessError
-from ..utils.run_folder import ENDED, RunFolder, Status
+from ..utils.run_folder import ENDED, RunFolder, Status, duration
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy, files
 from .sample_sheet import sample_sheet
@@ -262,24 +262,19 @@ def describe(status: Status) -> str:
     """One line for the node: ``step 120/1000 · loss 0.083 · 2.1 s/step · 14 min left``."""
     if status.state in ENDED:
         return status.state
-    if status.state != "training":
+    if status.state == "training":
+        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [status.phase])]
+        if status.loss is not None:
+            parts.append(f"loss {status.loss:.3g}")
+        if status.seconds_per_step is not None:
+            parts.append(f"{status.seconds_per_step:.2g} s/step")
+        parts += [f"{name} {loss:.3g}" for name, loss in status.eval_losses.items()]
+    else:
         count = f" {status.phase_done}/{status.phase_total}" if status.phase_total else ""
-        return (status.phase or status.state) + count
-    parts = [f"step {status.step}/{status.total_steps}", *filter(None, [status.phase])]
-    if status.loss is not None:
-        parts.append(f"loss {status.loss:.3g}")
-    if status.seconds_per_step is not None:
-        parts.append(f"{status.seconds_per_step:.2g} s/step")
-    parts += [f"{name} {loss:.3g}" for name, loss in status.eval_losses.items()]
+        parts = [(status.phase or status.state) + count]
     if status.eta is not None:
-        parts.append(f"{_duration(status.eta)} left")
+        parts.append(f"{duration(status.eta)} left")
     return " · ".join(parts)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None) -> tuple[str, str, str, str]:

@@ -1,5 +1,6 @@
 """Small datasets of real files, for the tests of the data side."""
 
+import os
 import random
 import struct
 import zlib
@@ -68,6 +69,34 @@ def bomb(path: Path) -> None:
     )
 
 
+def hostile(folder: Path) -> None:
+    """Everything that has no business among pictures."""
+    folder.mkdir()
+    good = picture(folder / "good.png", caption="fine").read_bytes()
+    (folder / "truncated.png").write_bytes(good[:40])
+    (folder / "zero.jpg").touch()
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "text.webp").write_text("not a picture")
+    (folder / "wrong.jpg").write_bytes(good[:33] + b"\xff" * 50)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (30000, 10)).save(folder / "line.png")
+    bomb(folder / "bomb.png")
+    (folder / "unknown.xyz").write_bytes(good)
+    (folder / "loop.png").symlink_to("loop2.png")
+    (folder / "loop2.png").symlink_to("loop.png")
+    (folder / "around").symlink_to(folder)
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    picture(folder / 'it\'s "so"\nnamed 😀.png', seed=1, caption="odd")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(good)
+    picture(folder / "latin.png", seed=2)
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    picture(folder / "long.png", seed=3, caption="x" * 200_000)
+    video(folder / "clip.mp4", [0, 0.1])
+    sound(folder / "audio.mp4")
+    (folder / "still.mp4").write_bytes(good)
+
+
 def video(
     path: Path, times: Sequence[Fraction | float], size: tuple[int, int] = (64, 48), codec: str = "mpeg4"
 ) -> Path:
@@ -85,6 +114,16 @@ def video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def sound(path: Path) -> None:
+    """A video file that holds no frames, only a moment of silence."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 44100
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
 
 
 def family(model: dict[str, Any], kind: Any = Flux) -> Any:

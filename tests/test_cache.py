@@ -234,6 +234,54 @@ def test_controls_are_encoded_and_seen(tmp_path, model, data):
     assert [c["latents"].shape for c in value.controls] == [value.media["latents"].shape]
 
 
+def test_a_control_that_cannot_be_decoded_leaves_its_sample_out(tmp_path, model, data):
+    for n in range(4):
+        picture(tmp_path / f"controls/{n}.png", (64, 64), f"c{n}")
+    broken = tmp_path / "controls/2.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    samples, _ = look(data, EditFamily, control_path=str(tmp_path / "controls"))
+    failed = Cache(tmp_path / "cache", family(model, EditFamily), samples).fill(CPU, 2, READERS)
+    assert list(failed) == [str(broken)]
+    assert count(tmp_path / "cache", "text-t5") == 3
+
+
+def test_tensors_of_any_type_and_shape_come_back(tmp_path):
+    whole = torch.randn(32, 4, 4)
+    values = {
+        "ids": torch.arange(5), "some of them": torch.arange(5)[1:3], "yes": torch.tensor([True, False]),
+        "number": torch.tensor(3), "eighth": torch.randn(4).to(torch.float8_e4m3fn), "nothing": torch.zeros(0, 5),
+        "turned": torch.randn(3, 4).t(), "half": torch.randn(3).half(), "one view": whole[:16], "other": whole[8:],
+    }  # fmt: skip
+    store = Store(tmp_path)
+    store.put("ab" * 20, values)
+    found = store.get("ab" * 20)
+    assert found is not None and found.keys() == values.keys()
+    for name, value in values.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+        assert torch.equal(found[name].float(), value.float())
+
+
+def test_whatever_a_family_encodes_reaches_its_collate(tmp_path, model, data):
+    class More(Flux):
+        text_encoders = ("clip",)
+
+        def encode_media(self, vae, pixels_NCFHW, generators):
+            latents = super().encode_media(vae, pixels_NCFHW, generators)["latents"]
+            return {"latents": latents, "first_frame": latents[:, :4], "seen": pixels_NCFHW.mean((2, 3, 4)) > 0}
+
+        def load_text_encoder(self, name, device):
+            return None
+
+        def encode_text(self, name, encoder, captions):
+            return {"tokens": torch.tensor([[len(caption), n] for n, caption in enumerate(captions)])}
+
+    cache = filled(tmp_path, model, kind=More)
+    value = cache.load(cache.samples[0], View("caption 0"))
+    assert value.media.keys() == {"latents", "first_frame", "seen"}
+    assert value.media["seen"].dtype == torch.bool and value.media["first_frame"].shape[0] == 4
+    assert value.text["tokens"].dtype == torch.int64 and value.text["tokens"][0] == len("caption 0")
+
+
 def test_clips_and_masks_of_videos(tmp_path, model):
     class Clips(VideoFamily):
         def encode_media(self, vae, pixels_NCFHW, generators):

@@ -1,6 +1,9 @@
 """Control files and signals: what a running training is asked to do, it does, and trains on as if nothing was asked."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 from diffusion_trainer.utils.control import Control
 from diffusion_trainer.utils.run_folder import Command, RunFolder, Status
-from training import Bench, Result, world
+from training import Bench, Result, free_port, world
 
 
 class Scripted(RunFolder):
@@ -21,9 +24,9 @@ class Scripted(RunFolder):
         self._script = script
 
     def take_requests(self) -> Iterator[Command]:
-        self.looks += 1
-        if self.looks in self._script:
-            self._script[self.looks](self)
+        self.looks += self.read_status().state in ("training", "paused")
+        if act := self._script.pop(self.looks, None):
+            act(self)
         yield from super().take_requests()
 
     def write_status(self, status: Status) -> None:
@@ -41,27 +44,19 @@ def plain(bench: Bench) -> Result:
     return bench.train(epochs=2)
 
 
-def train(bench: Bench, script: dict, start: int, **changes) -> tuple[Result, Scripted]:
+def train(bench: Bench, script: dict, **changes) -> tuple[Result, Scripted]:
     """Trains two epochs; ``script`` counts from the first look after a step."""
-    folder = RunFolder.create(bench.root / "out").path
-    scripted = Scripted(folder, {start + look: act for look, act in script.items()})
+    scripted = Scripted(RunFolder.create(bench.root / "out").path, script)
     return bench.train(scripted, epochs=2, **changes), scripted
 
 
-@pytest.fixture(scope="module")
-def looks(bench: Bench, plain: Result) -> int:
-    """How often the training looks before its first step, with a full cache."""
-    _, scripted = train(bench, {}, 0)
-    return scripted.looks - 8
-
-
-def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result, looks: int) -> None:
+def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result) -> None:
     script = {
         3: lambda folder: folder.pause(),
         5: lambda folder: folder.request("save"),
         6: lambda folder: folder.request("resume"),
     }
-    result, scripted = train(bench, script, looks)
+    result, scripted = train(bench, script)
     assert "paused" in scripted.states
     assert scripted.states[-1] == result.status.state == "finished"
     assert [Path(export).name for export in result.status.exports] == ["step3", "epoch2"]
@@ -72,10 +67,10 @@ def test_pause_waits_serves_and_goes_on(bench: Bench, plain: Result, looks: int)
     assert max(result.curve("step_seconds")[3:]) < 60, "waiting is no step"
 
 
-def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Result, looks: int) -> None:
+def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Result) -> None:
     script = {2: lambda folder: folder.pause(), 4: lambda folder: folder.unpause(), 6: lambda folder: folder.pause(),
               8: lambda folder: folder.request("save_quit")}  # fmt: skip
-    result, scripted = train(bench, script, looks)
+    result, scripted = train(bench, script)
     assert scripted.states.count("paused") >= 2
     assert result.status.state == "stopped"
     assert result.status.step == 4
@@ -86,9 +81,9 @@ def test_removing_the_file_ends_the_pause_and_stop_does(bench: Bench, plain: Res
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_paused_stops_with_everything_on_disk(bench: Bench, looks: int, number: int) -> None:
+def test_a_signal_while_paused_stops_with_everything_on_disk(bench: Bench, number: int) -> None:
     script = {2: lambda folder: folder.pause(), 4: lambda folder: signal.raise_signal(number)}
-    result, _ = train(bench, script, looks)
+    result, _ = train(bench, script)
     assert result.status.state == "stopped"
     assert Path(result.status.exports[-1]).name == "step2"
     assert result.status.checkpoint == str(result.folder.path / "global_step2")
@@ -101,8 +96,76 @@ def test_a_second_interrupt_is_at_once(tmp_path: Path) -> None:
             signal.raise_signal(signal.SIGINT)
 
 
-def test_asking_to_save_just_after_a_save_writes_nothing_twice(bench: Bench, looks: int) -> None:
-    result, _ = train(bench, {4: lambda folder: folder.request("save")}, looks, save_every_n_epochs=1,
+def test_asking_to_save_just_after_a_save_writes_nothing_twice(bench: Bench) -> None:
+    result, _ = train(bench, {4: lambda folder: folder.request("save")}, save_every_n_epochs=1,
                       checkpoint_every_n_steps=4)  # fmt: skip
     assert [Path(export).name for export in result.status.exports] == ["epoch1", "epoch2"]
     assert [folder.name for folder in result.folder.checkpoints()] == ["global_step4", "global_step8"]
+
+
+def test_every_phase_has_a_bar_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    folder = RunFolder(tmp_path)
+    control = Control(world(), folder, Status())
+    with caplog.at_level("INFO", "diffusion_trainer"):
+        control.progress("loading the picture encoder")
+        assert folder.read_status().phase == "loading the picture encoder"
+        for done in range(6):
+            now[0] += 6
+            control.progress("encoding pictures", done, 5)
+            status = folder.read_status()
+            assert (status.phase, status.phase_done, status.phase_total) == ("encoding pictures", done, 5)
+            assert status.eta == (pytest.approx((now[0] - 1006) / done * (5 - done)) if done else None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "loading the picture encoder",
+        "encoding pictures [--------------------] 0/5",
+        "encoding pictures [########------------] 2/5, 18 s left",
+        "encoding pictures [################----] 4/5, 6 s left",
+        "encoding pictures [####################] 5/5",
+    ]
+
+
+RANK = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import conftest
+from pathlib import Path
+from diffusion_trainer.utils.control import Control
+from diffusion_trainer.utils.index import Stopped
+from diffusion_trainer.utils.run_folder import RunFolder, Status
+from diffusion_trainer.utils.world import join_world
+
+world, folder = join_world(), RunFolder(Path({folder!r}))
+with Control(world, folder, Status()) as control:
+    done = 0
+    try:
+        for done in range(0 if world.rank == 2 else 600):  # rank 2 has nothing to do and waits for the others
+            if done == 5 and world.rank == 0:
+                folder.request("save_quit")
+            time.sleep(0.1)
+            control.progress("encoding", done, 600)
+    except Stopped:
+        pass
+    try:
+        control.meet()
+    except Stopped:
+        print("stopped", done)
+world.leave()
+"""
+
+
+def test_all_ranks_stop_while_caching_when_one_is_asked(tmp_path: Path) -> None:
+    script = RANK.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    port = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "3", "MASTER_PORT": port},
+        )
+        for n in range(3)
+    ]
+    said = [rank.communicate(timeout=240)[0].decode().splitlines()[-1].split() for rank in ranks]
+    assert [words[0] for words in said] == ["stopped"] * 3
+    assert int(said[1][1]) < 300

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import picture
+from datasets import hostile, picture
 from diffusion_trainer.utils.config import write_toml
 from PIL import Image
 from training import ROOT, Bench
@@ -50,3 +50,19 @@ def test_cache_only_and_pruning_from_the_command_line(bench: Bench, tmp_path: Pa
     assert not list((tmp_path / "run").glob("*step*"))
     assert len(list((tmp_path / "cache/flux/media").rglob("*.safetensors"))) == 6
     assert b"0 files removed" in subprocess.check_output([*command, "--prune_cache"], timeout=300)
+
+
+def test_training_goes_on_with_what_is_good_in_a_hostile_folder(bench: Bench, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    hostile(folder)
+    half = picture(folder / "half.png", (64, 64), 9)
+    half.write_bytes(half.read_bytes()[:3000])  # its head is whole
+    before = sorted((path.name, path.lstat().st_mtime_ns) for path in folder.iterdir())
+    result = bench.train(dataset=bench.dataset(directory=[{"path": str(folder)}]), epochs=1)
+    assert result.status.state == "finished"
+    report = json.loads((result.folder.path / "dataset_report.json").read_text("utf-8"))
+    assert report["samples"] == 3
+    assert len(report["left_out"]) == 18 and all(report["left_out"].values())
+    assert "cannot be decoded" in report["left_out"][str(half)]
+    assert sorted((path.name, path.lstat().st_mtime_ns) for path in folder.iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"data"}

@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from datasets import READERS, EditFamily, bomb, look, picture, video
+from datasets import READERS, EditFamily, VideoFamily, hostile, look, picture
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.dataset import recall, remember
 from diffusion_trainer.utils.settings import as_toml, parse_dataset_settings
-from PIL import Image
 
 
 def test_captions_from_all_places(tmp_path):
@@ -42,6 +41,14 @@ def test_broken_lists_of_captions_are_refused(tmp_path, name, text, message):
     (tmp_path / "data" / name).write_text(text)
     with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
         look(tmp_path / "data")
+
+
+def test_captions_of_what_is_not_there_are_named(tmp_path):
+    picture(tmp_path / "data/a.png")
+    (tmp_path / "data/captions.json").write_text(json.dumps({"a.png": "one", "b.png": "two"}))
+    assert look(tmp_path / "data")[1].left_out == {
+        str(tmp_path / "data/b.png"): "has a caption in a list, but is not there"
+    }
 
 
 def test_archives(tmp_path):
@@ -110,16 +117,20 @@ def test_edit_instructions(tmp_path):
     picture(folder / "target_images/t.png", seed=1)
     picture(folder / "source_images/s1.png", seed=2)
     picture(folder / "source_images/s2.png", seed=3)
+    elsewhere = picture(tmp_path / "elsewhere.png", seed=4)
     lines = [
         {"source_image": "s1.png", "target_image": "t.png", "instruction": "make it blue"},
         {"source_images": ["s1.png", "source_images/s2.png"], "target_image": "target_images/t.png", "prompt": "mix"},
         {"source_image": "gone.png", "target_image": "t.png", "instruction": "x"},
+        {"source": ["s1.png"], "target_images": ["t.png", str(elsewhere)], "instruction": ["both", "two of them"]},
     ]
     (folder / "edit_instructions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     samples, report = look(folder, EditFamily)
     assert [(s.captions, [c.source.name for c in s.controls]) for s in samples] == [
-        (("make it blue",), ["s1.png"]), (("mix",), ["s1.png", "s2.png"])]  # fmt: skip
-    assert len({s.key for s in samples}) == 2
+        (("make it blue",), ["s1.png"]), (("mix",), ["s1.png", "s2.png"]),
+        (("both", "two of them"), ["s1.png"]), (("both", "two of them"), ["s1.png"])]  # fmt: skip
+    assert samples[-1].name == str(elsewhere)
+    assert len({s.key for s in samples}) == 4
     assert "gone.png" in next(iter(report.left_out.values()))
     for title in ("SDXL", "Wan"):
         with pytest.raises(SettingsError, match=f"{title} takes no control pictures"):
@@ -174,32 +185,6 @@ def test_empty_captions(tmp_path):
     assert len(samples) == 1 and len(report.without_caption) == 1 and len(report.left_out) == 1
 
 
-def hostile(folder: Path) -> None:
-    """Everything that has no business among pictures."""
-    folder.mkdir()
-    good = picture(folder / "good.png", caption="fine").read_bytes()
-    (folder / "truncated.png").write_bytes(good[:40])
-    (folder / "zero.jpg").touch()
-    (folder / "text.mp4").write_text("not a video")
-    (folder / "text.webp").write_text("not a picture")
-    (folder / "wrong.jpg").write_bytes(good[:33] + b"\xff" * 50)
-    Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    Image.new("RGB", (30000, 10)).save(folder / "line.png")
-    bomb(folder / "bomb.png")
-    (folder / "unknown.xyz").write_bytes(good)
-    (folder / "loop.png").symlink_to("loop2.png")
-    (folder / "loop2.png").symlink_to("loop.png")
-    (folder / "around").symlink_to(folder)
-    (folder / "folder.png").mkdir()
-    os.mkfifo(folder / "pipe.png")
-    picture(folder / 'it\'s "so"\nnamed 😀.png', seed=1, caption="odd")
-    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(good)
-    picture(folder / "latin.png", seed=2)
-    (folder / "latin.txt").write_bytes(b"caf\xe9")
-    picture(folder / "long.png", seed=3, caption="x" * 200_000)
-    video(folder / "clip.mp4", [0, 0.1])
-
-
 @pytest.mark.parametrize("recursive", [False, True])
 def test_hostile_folder(tmp_path, recursive):
     folder = tmp_path / "data"
@@ -211,11 +196,22 @@ def test_hostile_folder(tmp_path, recursive):
     reasons = {os.path.basename(path): reason for path, reason in report.left_out.items()}
     assert set(reasons) == {
         "truncated.png", "zero.jpg", "text.mp4", "text.webp", "dot.png", "line.png", "bomb.png", "unknown.xyz",
-        "loop.png", "loop2.png", "pipe.png", "latin.png", "long.png", "clip.mp4", "wrong.jpg"}  # fmt: skip
+        "loop.png", "loop2.png", "pipe.png", "latin.png", "long.png", "clip.mp4", "wrong.jpg", "audio.mp4",
+        "still.mp4"}  # fmt: skip
     assert all(reasons.values())
     json.dumps(report.as_dict(), ensure_ascii=False).encode("utf-8")
     assert not any("\n" in line for line in report.lines())
     assert sorted(os.listdir(folder)) == before
+
+
+def test_hostile_videos_say_why(tmp_path):
+    hostile(tmp_path / "data")
+    _, report = look(tmp_path / "data", VideoFamily, frame_buckets=[1, 9])
+    reasons = {os.path.basename(path): reason for path, reason in report.left_out.items()}
+    assert reasons["audio.mp4"] == "holds no video"
+    assert reasons["still.mp4"] == "a picture that is named like a video; rename it"
+    assert reasons["text.mp4"].startswith("not a readable video")
+    assert "too short: 1 frames at 8 a second" in reasons["clip.mp4"]
 
 
 def test_known_files_are_not_opened_and_touched_ones_are_the_same(tmp_path, monkeypatch):

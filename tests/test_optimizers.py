@@ -186,7 +186,7 @@ def test_what_cannot_be(settings: dict[str, Any], message: str) -> None:
         Small(**{"lr": 1e-3, **settings})
 
 
-def test_release_and_offload_reach_the_training(tmp_path: Path) -> None:
+def test_release_and_offload_reach_the_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench(tmp_path)
     full: dict[str, Any] = {"adapter": None, "epochs": 1, "gradient_clipping": 0.0, "model": {"dtype": "bfloat16"}}
     plain = bench.train(**full, optimizer={"lr": 1e-3})
@@ -196,5 +196,8 @@ def test_release_and_offload_reach_the_training(tmp_path: Path) -> None:
         assert result.curve("grad_norm") == pytest.approx(plain.curve("grad_norm"), rel=2e-2), option
     found = bench.train(**full, optimizer={"type": "Prodigy", "lr": 1.0})
     assert len(found.curve("prodigy_d")) == found.status.step
+    assert "finds one rate from all weights" not in caplog.text
+    bench.train(**full, max_steps=1, optimizer={"type": "Prodigy", "lr": 1.0, "gradient_release": True})
+    assert "finds one rate from all weights" in caplog.text
     with pytest.raises(SettingsError, match=r"optimizer.gradient_release: steps after each micro-batch"):
         bench.train(**full, gradient_accumulation_steps=2, optimizer={"gradient_release": True})

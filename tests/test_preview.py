@@ -5,7 +5,10 @@ import pytest
 from datasets import EditFamily, VideoFamily, look, picture, video
 from diffusion_trainer.diffusion_nodes import comfy
 from diffusion_trainer.diffusion_nodes.dataset_preview import DatasetPreview
-from diffusion_trainer.utils.preview import choose, contact_sheet, dump
+from diffusion_trainer.utils import lettering
+from diffusion_trainer.utils.preview import GAP, LINE, choose, contact_sheet, dump, legend
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -18,6 +21,7 @@ def test_node(tmp_path, monkeypatch):
     sheet, report = DatasetPreview().preview(config, 4)
     assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.shape[-1] == 3
     assert sheet.min() >= 0 and sheet.max() <= 1 and sheet.std() > 0.05
+    assert "text 1" in report
     assert "5 pictures" in report and "bad.png: not a readable picture: empty file" in report
     assert sorted(path.name for path in (tmp_path / "data").iterdir() if path.suffix == ".png") == [
         "0.png", "1.png", "2.png", "3.png", "4.png", "bad.png"]  # fmt: skip
@@ -52,12 +56,55 @@ def test_masks_are_tinted_and_controls_lie_beside(tmp_path):
     samples, _ = look(tmp_path / "data", EditFamily, control_path=str(tmp_path / "controls"),
                       default_mask_file=str(tmp_path / "mask.png"))  # fmt: skip
     sheet = np.asarray(contact_sheet(samples, None))
-    assert sheet[36, 4 + 10].tolist() == [0, 0, 255]
-    assert sheet[36, 4 + 50].tolist() == pytest.approx([128, 0, 128], abs=2)
-    assert sheet[36, 4 + 64 + 4 + 30].tolist() == [0, 255, 0]
+    row, left = GAP + 3 * LINE + 32, GAP  # below name, facts and titles
+    assert sheet[row, left + 10].tolist() == [0, 0, 255]
+    assert sheet[row, left + 50].tolist() == pytest.approx([142, 14, 14], abs=2)  # grey and red
+    assert sheet[row, left + 64 + GAP + 30].tolist() == [0, 255, 0]
+    assert "red is not trained" in legend(samples)[0]
 
 
 def test_videos_show_three_frames(tmp_path):
     video(tmp_path / "data/a.mp4", [n / 8 for n in range(10)], (64, 64))
     samples, _ = look(tmp_path / "data", VideoFamily, frame_buckets=[9])
-    assert contact_sheet(samples, 8.0).width == 3 * 64 + 4 * 4
+    sheet = np.asarray(contact_sheet(samples, 8.0))
+    row = GAP + 3 * LINE + 32
+    shown = [sheet[row, GAP + n * (64 + GAP) + 32].mean() / 8 for n in range(3)]
+    assert shown == pytest.approx([0, 4, 8], abs=0.5)
+
+
+def test_what_cannot_be_read_any_more_says_so_in_its_cell(tmp_path):
+    picture(tmp_path / "data/a.png", caption="x")
+    samples, _ = look(tmp_path / "data")
+    (tmp_path / "data/a.png").unlink()
+    assert (np.asarray(contact_sheet(samples, None)) == 128).mean() > 0.3
+
+
+def test_captions_are_wrapped_whole_or_end_in_an_ellipsis():
+    text = "a caption of many words " * 12
+    lines = lettering.wrap(text, 14, 200, 99)
+    assert " ".join(lines) == text.strip()
+    assert all(lettering.width(line, 14) <= 200 for line in lines)
+    short = lettering.wrap(text, 14, 200, 3)
+    assert len(short) == 3 and short[:2] == lines[:2] and short[2].endswith("…")
+    assert lettering.width(short[2], 14) <= 200
+    assert len(lettering.wrap("汉" * 60, 14, 200, 99)) >= 3
+    assert lettering.wrap("", 14, 200, 3) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_can_be_drawn(text):
+    sheet = Image.new("RGB", (400, 200), "white")
+    for number, line in enumerate(lettering.wrap(text, 14, 300, 5)):
+        lettering.write(sheet, (4, 20 * number), line, 14)
+    assert (np.asarray(sheet)[:, 380:] == 255).all()
+
+
+@pytest.mark.parametrize("character", ["é", "ж", "漢", "한", "ع"])
+def test_scripts_are_drawn_where_a_font_has_them(character):
+    if lettering.missing(character):
+        pytest.skip("no font here has it")
+    sheets = [Image.new("L", (40, 30), 255) for _ in range(2)]
+    lettering.write(sheets[0], (4, 2), character, 14)
+    lettering.write(sheets[1], (4, 2), "\U0010fffe", 14)
+    assert sheets[0].getextrema()[0] < 128 and sheets[0].tobytes() != sheets[1].tobytes()

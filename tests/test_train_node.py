@@ -317,8 +317,9 @@ def test_declaration() -> None:
 def test_describe() -> None:
     status = Status(state="training", step=120, total_steps=1000, loss=0.0831, seconds_per_step=2.11, eta=840)
     assert describe(status) == "step 120/1000 · loss 0.0831 · 2.1 s/step · 14 min left"
-    status = Status(state="caching", phase="encoding pictures", phase_done=2, phase_total=9)
-    assert describe(status) == "encoding pictures 2/9"
+    status = Status(state="caching", phase="encoding pictures", phase_done=2, phase_total=9, eta=200)
+    assert describe(status) == "encoding pictures 2/9 · 3 min left"
+    assert describe(Status(state="caching", phase="loading the picture encoder")) == "loading the picture encoder"
     assert describe(Status()) == "starting"
 
 

@@ -146,7 +146,7 @@ def test_old_checkpoints_are_removed(bench: Bench) -> None:
 
 
 def test_resume_refuses_another_rank(bench: Bench, plain: Result) -> None:
-    with pytest.raises(SettingsError, match="resume_from_checkpoint"):
+    with pytest.raises(SettingsError, match=r"adapter\.rank: the checkpoint was made with 4, not 8"):
         bench.train(RunFolder(plain.folder.path), resume=True, adapter={"rank": 8})
 
 

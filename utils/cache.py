@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 from ..models.base import Encodings, Family
 from .buckets import Bucket
 from .dataset import Sample, collector_off
-from .index import Media, Progress
+from .index import Media, Progress, Stopped
 from .media import UnreadableMedia, read_mask, read_picture, read_whole
 from .randomness import generator
 from .store import Store, Uses
@@ -129,8 +129,8 @@ class Cache:
         self._folder, self._family, self._uncond, self._further = folder, family, uncond, texts
         self.samples = list(samples)
         self._parts: list[_Part[Any]] = []
-        self._vae_identity = family.identity("vae")
-        self._text_identity = {name: family.identity(name) for name in family.text_encoders}
+        self._media_base = _base("media", family.identity("vae"))
+        self._text_bases = {name: _base("text", family.identity(name)) for name in family.text_encoders}
         root = folder / family.config.type
         self._media, self._masks = Store(root / "media"), Store(root / "masks")
         self._texts = {name: Store(root / f"text-{name}") for name in family.text_encoders}
@@ -139,20 +139,22 @@ class Cache:
 
     def media_key(self, media: Media, bucket: Bucket, start: float | None = None, flip: bool = False) -> str:
         """Key of latents: what is in the file, at which size, through which encoder."""
-        clip = [] if start is None else [self._family.fps, start]
-        return _key("media", self._vae_identity, media.digest, bucket, *clip, *["flipped"] * flip)
+        clip = "" if start is None else f";{self._family.fps};{start}"
+        return _key(f"{media.digest};{bucket}{clip}" + ";flipped" * flip, self._media_base)
 
     def text_key(self, encoder: str, caption: str, controls: Sequence[Media] = ()) -> str:
         """Key of a caption's embeddings."""
-        seen = [c.digest for c in controls] if encoder in self._family.text_sees_controls else []
-        return _key("text", self._text_identity[encoder], caption, *seen)
+        seen = "".join(f"{c.digest};" for c in controls) if encoder in self._family.text_sees_controls else ""
+        return _key(f"{len(seen)};{seen}{caption}", self._text_bases[encoder])
 
     def mask_key(self, sample: Sample, flip: bool) -> str:
         """Key of a sample's mask on the grid of its latents."""
         assert sample.mask
         grid, shape = self._grid(sample.bucket), sample.media.properties
         size = shape.width, shape.height
-        return _key("mask", sample.mask.digest, size, sample.bucket, sample.start, self._family.fps, grid, flip)
+        return _key(
+            str(("mask", sample.mask.digest, *size, *sample.bucket, sample.start, self._family.fps, grid, flip))
+        )
 
     def _grid(self, bucket: Bucket) -> tuple[int, int, int]:
         return self._family.latent_size(bucket.width, bucket.height, bucket.frames)
@@ -236,26 +238,28 @@ class Cache:
             self._parts.append(_Part(store, {} if regenerate else present, rank, world))
             return self._parts[-1]
 
+        def make(jobs: dict[str, Job], encode: Callable[[Store, dict[str, Job]], dict[str, str]], store: Store) -> None:
+            try:
+                if jobs:
+                    failed.update(encode(store, jobs))
+            except Stopped:
+                barrier()  # the others come to it, too, and must not be left alone there
+                raise
+            barrier()
+
         with collector_off():
             pictures = self._list_pictures(part(self._media))
-        if pictures.jobs:
-            failed |= work.media(self._media, pictures.jobs)
-        barrier()
-        masks = self._list_masks(part(self._masks))
-        if masks.jobs:
-            failed |= work.masks(self._masks, masks.jobs)
-        barrier()
+        make(pictures.jobs, work.media, self._media)
+        make(self._list_masks(part(self._masks)).jobs, work.masks, self._masks)
         for name, store in self._texts.items():
             with collector_off():
                 texts = self._list_texts(name, part(store))
-            if texts.jobs:
-                failed |= work.texts(name, store, texts.jobs)
-            barrier()
+            make(texts.jobs, partial(work.texts, name), store)
         return failed
 
     def note_use(self, name: str) -> int:
         """Keeps what the dataset ``name`` uses since `fill`, for pruning; returns its bytes."""
-        identity = _key(name, self._vae_identity, *self._text_identity.values())
+        identity = _key(name + "".join(base.hexdigest() for base in (self._media_base, *self._text_bases.values())))
         Uses(self._folder).note(identity, (key for part in self._parts for key in part.keys))
         total = 0
         for part in self._parts:
@@ -396,6 +400,7 @@ class _Work:
         """Hands each group to ``use`` with its files as read by the readers, who are some groups ahead."""
         failed: dict[str, str] = {}
         done, total = 0, sum(map(len, groups))
+        self._progress(phase, 0, total)
         for size, begun in self._ahead(store, groups, reading):
             ready: Ready[Job] = []
             for key, job, futures in begun:
@@ -481,6 +486,12 @@ def _groups_by(jobs: dict[str, Job], kind: Callable[[Job], Hashable], size: int)
     ]
 
 
-def _key(*parts: object) -> str:
-    text = repr([str(part) for part in parts])
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+def _base(*parts: str) -> hashlib.blake2b:
+    """What keys begin with, hashed once for all."""
+    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=20)
+
+
+def _key(text: str, base: hashlib.blake2b | None = None) -> str:
+    digest = base.copy() if base else _base()
+    digest.update(text.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

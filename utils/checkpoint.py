@@ -82,7 +82,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path,
     trained: Trained,
-    check: Callable[[dict[str, Any]], None],
+    check: Callable[[dict[str, Any]], None] = lambda _: None,
     *,
     optimizer_state: bool = True,
     optimizer_groups: bool = True,

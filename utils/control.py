@@ -8,18 +8,17 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from .run_folder import Command, RunFolder, Status
+from .index import Stopped
+from .run_folder import Command, RunFolder, Status, duration
 from .world import World
 
 logger = logging.getLogger(__name__)
 
 SAVE, STOP, SAMPLE, PAUSE = 1, 2, 4, 8
 """What a step may be asked to do after it; what any rank was asked, all do."""
+BAR = 20
+"""Characters of a progress bar."""
 _MEANING: dict[Command, int] = {"save": SAVE, "save_quit": SAVE | STOP, "sample": SAMPLE, "resume": 0}
-
-
-class Stopped(Exception):
-    """The run was asked to end before training began."""
 
 
 class Control:
@@ -31,7 +30,7 @@ class Control:
         self._world, self._folder = world, folder
         self._asked = 0
         self._written = 0.0
-        self._phase_started = self._phase_said = 0.0
+        self._phase_started = self._phase_said = self._listened = 0.0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Control:
@@ -62,23 +61,46 @@ class Control:
         except OSError as error:
             logger.error("the status could not be written: %s", error)
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Says how far a phase before training is.
+    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Says how far a phase before training is; ``total`` is 0 where it is not known.
 
         Raises:
-            Stopped: The run was asked to end.
+            Stopped: The run was asked to end; the other ranks hear of it in their next call, or in `meet`.
         """
+        self.report(phase, done, total)
         if self._world.rank == 0:
             for command in self._folder.take_requests():
                 self._asked |= _MEANING[command] & (STOP | SAMPLE)
-            now = time.monotonic()
-            if phase != self.status.phase:
-                self._phase_started = self._phase_said = now
-            left = (now - self._phase_started) / done * (total - done) if done else None
-            self.say(phase=phase, phase_done=done, phase_total=total, eta=left)
-            if done in (0, total) or now - self._phase_said > 10:
-                self._phase_said = now
-                logger.info("%s: %d of %d%s", phase, done, total, f", {left:.0f} s left" if left else "")
+        if self._world.size > 1 and time.monotonic() - self._listened > 0.5:
+            self._listened = time.monotonic()
+            if self._asked & STOP:
+                self._world.tell("stop")
+            elif self._world.was_told("stop"):
+                self._asked |= STOP
+        if self._asked & STOP:
+            raise Stopped
+
+    def report(self, phase: str, done: int = 0, total: int = 0) -> None:
+        """Says how far a phase is."""
+        if self._world.rank != 0:
+            return
+        now = time.monotonic()
+        is_new = phase != self.status.phase
+        if is_new:
+            self._phase_started = self._phase_said = now
+        left = (now - self._phase_started) / done * (total - done) if done and not is_new else None
+        self.say(is_new, phase=phase, phase_done=done, phase_total=total, eta=left)
+        if is_new or done == total or now - self._phase_said > 10:
+            self._phase_said = now
+            logger.info("%s", _line(phase, done, total, left))
+
+    def meet(self) -> None:
+        """Waits for all ranks.
+
+        Raises:
+            Stopped: Any of them was asked to end.
+        """
+        self._asked |= self._world.union(self._asked & STOP)
         if self._asked & STOP:
             raise Stopped
 
@@ -95,3 +117,12 @@ class Control:
         if self._asked & STOP and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked |= STOP
+
+
+def _line(phase: str, done: int, total: int, left: float | None) -> str:
+    """``encoding pictures [#####---------------] 50/200, 30 s left``"""
+    if not total:
+        return phase
+    filled = done * BAR // total
+    time_left = f", {duration(left)} left" if left else ""
+    return f"{phase} [{'#' * filled}{'-' * (BAR - filled)}] {done}/{total}{time_left}"

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,9 @@ from .video import ClipMode, clip_starts, num_frames
 
 Kind = tuple[Bucket, int]
 """Bucket and number of control pictures."""
+
+MANY = 20_000
+"""Samples; for as many the garbage collector takes noticeable time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ def scan(
         for number, directory in enumerate(settings.directory):
             folder = _Folder(directory, f"directory[{number}]", index, family, clip_mode, report, progress)
             samples += folder.samples()
+        samples = _told_apart(samples)
+        report.count(samples)
     if not samples:
         folders = ", ".join(f"'{directory.path}'" for directory in settings.directory)
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(report.left_out.items())[:10])
@@ -105,10 +109,9 @@ def scan(
             f"dataset: no usable picture in {folders}; put pictures (png, jpg, webp ...) there, "
             f"captions beside them as .txt{reasons}"
         )
-    samples = _told_apart(samples)
     if settings.subsample_ratio:
         samples = _subsample(samples, settings.subsample_ratio)
-    report.count(samples)
+        report.count(samples)
     return samples, report
 
 
@@ -122,6 +125,13 @@ def collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def keep_for_good(samples: Sequence[Sample]) -> None:
+    """Has the collector never look at very many samples again: they stay, and each look holds up a step."""
+    if len(samples) > MANY:
+        gc.collect()
+        gc.freeze()
 
 
 class _Folder:
@@ -173,7 +183,9 @@ class _Folder:
             if self._options.skip_empty_caption:
                 raise _LeftOut("no caption, and skip_empty_caption is on")
         options = self._options
-        captions = tuple(dict.fromkeys(v for text in texts or [""] for v in variants(text, options)))
+        captions = variants((texts or [""])[0], options)
+        if len(texts) > 1:
+            captions = tuple(dict.fromkeys(v for text in texts for v in variants(text, options)))
         places = self._places(media.properties)
         self._report.add(media, [bucket for bucket, _ in places])
         return [
@@ -293,12 +305,12 @@ def _named(source: Source, found: Media | str) -> Media | str:
 
 def _told_apart(samples: list[Sample]) -> list[Sample]:
     """The samples; those that would share a key are numbered."""
-    seen: Counter[str] = Counter()
+    seen: dict[str, int] = {}
     result = []
     for sample in samples:
-        key = sample.key
-        seen[key] += 1
-        result.append(sample if seen[key] == 1 else replace(sample, copy=seen[key] - 1))
+        before = seen.get(key := sample.key, 0)
+        seen[key] = before + 1
+        result.append(replace(sample, copy=before) if before else sample)
     return result
 
 

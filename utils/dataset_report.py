@@ -64,7 +64,10 @@ class Report:
         first = self._first.setdefault(media.digest, path)
         if first != path:
             self.duplicates[printable(path)] = printable(first)
-        self.upscaled += any(found.width < b.width or found.height < b.height for b in buckets)
+        for bucket in buckets:
+            if found.width < bucket.width or found.height < bucket.height:
+                self.upscaled += 1
+                break
 
     def count(self, samples: Sequence[Sample]) -> None:
         """Counts the samples by bucket."""

@@ -23,7 +23,11 @@ from .video import video_properties
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is; may raise to stop."""
+"""Called with what is being done, how much of it is done and how much there is (0 where that is not known).
+
+Raises:
+    Stopped: What is being done is not wanted any more.
+"""
 Stamp = tuple[int, int, int]
 """Size and times of modification and of change of a file; others mean that it may hold something else."""
 
@@ -39,6 +43,10 @@ UNREAD = "cannot be read"
 """How reasons begin that may not hold next time."""
 Found = tuple[str, int, int, float | None, str | None]
 """Digest, width, height, seconds and problem of a file."""
+
+
+class Stopped(Exception):
+    """The run was asked to end before training began."""
 
 
 class Media(NamedTuple):
@@ -90,6 +98,8 @@ class Index:
         waiting = [self._readers.submit(examine, [source for source, _ in part]) for part in parts]
         learnt: list[tuple[Any, ...]] = []
         done = 0
+        if new:
+            progress("reading new files", 0, len(new))
         for part, future in zip(parts, waiting, strict=True):
             for (source, stamp), found in zip(part, self._result(part, future), strict=True):
                 row = (_name(source, folder), *stamp, *found)

@@ -26,6 +26,7 @@ from .sampler import Sampler
 from .schedules import learning_rate_factor
 from .settings import TrainSettings
 from .trained import Trained
+from .watch import Watch
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Loop:
     total: int
     identity: dict[str, Any]
     """What a checkpoint remembers of the run."""
+    watch: Watch
     _running: _Running | None = field(default=None, init=False)
     _finished_at: float = field(default=0.0, init=False)
     _exported: int = field(default=0, init=False)
@@ -184,6 +186,7 @@ class Loop:
                 + ("" if self.settings.model.dtype != "float16" else " or use dtype bfloat16")
             )
         seconds, self._finished_at = time.monotonic() - self._finished_at, time.monotonic()
+        self.watch.step(seconds)
         self.position.epoch_loss += loss
         if running.step % self.settings.logging_steps == 0:
             curves = {"loss": loss, "lr": running.learning_rate, "grad_norm": grad_norm, "step_seconds": seconds}

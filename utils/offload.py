@@ -179,6 +179,9 @@ class BlockSwap:
         for unit in self._units:
             self._to_pool(unit)
         self.start()
+        if not self._units:
+            logger.warning("blocks_to_swap: all weights of the blocks are trained, and only frozen ones are swapped")
+            return
         logger.info(
             "%d blocks wait in main memory (%.1f GiB), %.1f GiB of the GPU for those at work",
             len(self._units),

@@ -19,7 +19,7 @@ from .buckets import Bucket
 from .cache import Cache
 from .config import SettingsError, write_whole
 from .control import Control
-from .dataset import Sample, recall, remember, scan, scan_name
+from .dataset import Sample, keep_for_good, recall, remember, scan, scan_name
 from .dataset_report import Report
 from .index import Index, Media
 from .readers import Readers, usual_count
@@ -68,11 +68,13 @@ class Preparation:
         """
         s = self.settings
         self.control.say(state="caching")
+        self.control.progress("looking through the dataset")
         with Readers(s.map_num_proc or usual_count(num_local())) as readers:
             samples, report, eval_samples, images = self._on_first_rank(lambda: self._scan_all(readers))
             prompts = prompts_of(s.sample, images)
             everything = [*samples, *(sample for part in eval_samples.values() for sample in part)]
             texts = [(prompt.text, prompt.images) for prompt in prompts]
+            keep_for_good(everything)
             cache = Cache(self._cache_folder, self.family, everything, s.uncond_fraction > 0, texts)
             failed = cache.fill(
                 self.world.device,
@@ -81,7 +83,7 @@ class Preparation:
                 self.control.progress,
                 self.world.rank,
                 self.world.size,
-                self.world.barrier,
+                self.control.meet,
                 regenerate=s.regenerate_cache,
             )
         unreadable = {path: reason for part in self.world.gather(failed) for path, reason in part.items()}

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageOps
 
+from . import lettering
 from .buckets import Bucket
 from .dataset import Sample
 from .index import Media
 from .media import UnreadableMedia, read_mask, read_picture
+from .sources import printable
 from .video import read_clip, read_mask_clip
 
 CELL = 256
 """Pixels of a cell's side."""
-TEXT_LINES, LINE = 4, 12
+MIN_CELL, MIN_WIDTH, GAP = 256, 1000, 6
+TEXT, LINE, TEXT_LINES = 14, 19, 6
+"""Size of letters, height of a line, and most lines of a caption."""
 UNTRAINED = (255, 0, 0)
 """What a mask leaves out is tinted with it."""
 
@@ -38,17 +41,35 @@ def choose(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
 
 
 def contact_sheet(samples: Sequence[Sample], fps: float | None) -> Image.Image:
-    """The samples in rows of cells; each with its first, middle and last frame, its mask and its controls."""
-    cells = [_cell(sample, fps) for sample in samples]
-    columns = max(1, min(4, round(len(cells) ** 0.5)))
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    widths = [max((row[n].width for row in rows if n < len(row)), default=0) for n in range(columns)]
-    sheet = Image.new("RGB", (max(1, sum(widths)), max(1, sum(heights))), "white")
-    for top, row in zip(_starts(heights), rows, strict=True):
-        for left, cell in zip(_starts(widths), row, strict=False):
-            sheet.paste(cell, (left, top))
+    """The samples in rows of numbered cells; each with its first, middle and last frame, its mask and its controls."""
+    cells = [_cell(number, sample, fps) for number, sample in enumerate(samples, 1)]
+    area = sum(cell.width * cell.height for cell in cells)
+    most = max([MIN_WIDTH, round((area * 1.5) ** 0.5), *(cell.width for cell in cells)])
+    places, left, top, height = list[tuple[int, int]](), 0, 0, 0
+    for cell in cells:
+        if left and left + cell.width > most:
+            left, top, height = 0, top + height, 0
+        places.append((left, top))
+        left, height = left + cell.width, max(height, cell.height)
+    right = max((x + cell.width for (x, _), cell in zip(places, cells, strict=True)), default=1)
+    sheet = Image.new("RGB", (right, max(1, top + height)), "white")
+    for place, cell in zip(places, cells, strict=True):
+        sheet.paste(cell, place)
     return sheet
+
+
+def legend(samples: Sequence[Sample]) -> list[str]:
+    """What the cells of a sheet show: file, bucket and all captions, whatever the sheet had room for."""
+    lines = []
+    for number, sample in enumerate(samples, 1):
+        lines.append(f"{number}: {printable(sample.path)}, {_facts(sample)}")
+        lines += [f"    {printable(caption) or '(no caption)'}" for caption in sample.captions]
+    if unknown := lettering.missing("".join(lines)):
+        lines.append(
+            f"no font of this system has {len(unknown)} of these characters, so the sheet shows boxes; install one "
+            "that has them, such as Noto Sans CJK"
+        )
+    return lines
 
 
 def dump(samples: Sequence[Sample], folder: Path, fps: float | None) -> int:
@@ -62,32 +83,56 @@ def dump(samples: Sequence[Sample], folder: Path, fps: float | None) -> int:
     return len(samples)
 
 
-def _cell(sample: Sample, fps: float | None) -> Image.Image:
+def _cell(number: int, sample: Sample, fps: float | None) -> Image.Image:
+    """Header, pictures with what each is, caption."""
     try:
-        tiles = [_small(picture) for picture in _pictures(sample, fps)]
+        tiles = [(title, _small(picture)) for title, picture in _titled(sample, fps)]
     except (UnreadableMedia, OSError) as problem:
-        tiles = [Image.new("RGB", (CELL, CELL), "grey")]
-        ImageDraw.Draw(tiles[0]).text((8, 8), textwrap.fill(str(problem), 38), fill="white")
-    width = sum(tile.width for tile in tiles) + 4 * (len(tiles) + 1)
-    height = max(tile.height for tile in tiles)
-    cell = Image.new("RGB", (width, height + (TEXT_LINES + 1) * LINE + 12), "white")
-    left = 4
-    for tile in tiles:
-        cell.paste(tile, (left, 4))
-        left += tile.width + 4
-    draw = ImageDraw.Draw(cell)
-    caption = sample.captions[0] or "(no caption)"
-    more = f" (+{len(sample.captions) - 1})" if len(sample.captions) > 1 else ""
-    lines = [f"{sample.bucket}  x{sample.num_repeats:g}", *textwrap.wrap(caption + more, max(8, width // 6))]
-    for number, line in enumerate(lines[: TEXT_LINES + 1]):
-        draw.text((4, height + 8 + number * LINE), line.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        tiles = [("cannot be read", Image.new("RGB", (CELL, CELL), "grey"))]
+        for n, line in enumerate(lettering.wrap(str(problem), TEXT, CELL - 2 * GAP, 12)):
+            lettering.write(tiles[0][1], (GAP, GAP + n * LINE), line, TEXT, "white")
+    width = max(sum(tile.width for _, tile in tiles) + GAP * (len(tiles) - 1), MIN_CELL)
+    more = f" (+{len(sample.captions) - 1} more)" if len(sample.captions) > 1 else ""
+    head = lettering.wrap(f"{number}: {printable(sample.name or sample.path)}", TEXT, width, 2)
+    head += lettering.wrap(_facts(sample), TEXT, width, 2)
+    caption = printable(sample.captions[0]) or "(no caption)"
+    text = lettering.wrap(caption + more, TEXT, width, TEXT_LINES)
+    below = GAP + len(head) * LINE + LINE + max(tile.height for _, tile in tiles)
+    cell = Image.new("RGB", (width + 2 * GAP, below + len(text) * LINE + 3 * GAP), "white")
+    for n, line in enumerate(head):
+        lettering.write(cell, (GAP, GAP + n * LINE), line, TEXT)
+    left = GAP
+    for title, tile in tiles:
+        lettering.write(cell, (left, GAP + len(head) * LINE), title, TEXT, "dimgrey")
+        cell.paste(tile, (left, GAP + (len(head) + 1) * LINE))
+        left += tile.width + GAP
+    for n, line in enumerate(text):
+        lettering.write(cell, (GAP, below + GAP + n * LINE), line, TEXT)
     return cell
+
+
+def _facts(sample: Sample) -> str:
+    facts = [str(sample.bucket), f"{sample.num_repeats:g} times an epoch" if sample.num_repeats != 1 else ""]
+    facts += [f"from {sample.start:.2f} s" if sample.start else "", "mirrored half the time" if sample.flip else ""]
+    return ", ".join(filter(None, [*facts, "red is not trained" if sample.mask else ""]))
+
+
+def _titled(sample: Sample, fps: float | None) -> list[tuple[str, Image.Image]]:
+    pictures, num_controls = _pictures(sample, fps), len(sample.controls)
+    frames = [f"{frame / (fps or 1):.2f} s" for frame in _frames(sample)] if sample.start is not None else [""]
+    controls = [f"control {n}" if num_controls > 1 else "control" for n in range(1, num_controls + 1)]
+    return list(zip([*frames, *controls], pictures, strict=True))
+
+
+def _frames(sample: Sample) -> list[int]:
+    """The first, the middle and the last."""
+    return sorted({0, sample.bucket.frames // 2, sample.bucket.frames - 1})
 
 
 def _pictures(sample: Sample, fps: float | None) -> list[Image.Image]:
     bucket = sample.bucket
     pixels_CFHW = _read(sample.media, bucket, sample.start, fps)
-    frames = sorted({0, bucket.frames // 2, bucket.frames - 1})
+    frames = _frames(sample)
     pictures = [_image(pixels_CFHW[:, frame]) for frame in frames]
     if sample.mask:
         mask_FHW = _mask(sample, sample.mask, fps)
@@ -112,7 +157,8 @@ def _mask(sample: Sample, mask: Media, fps: float | None) -> np.ndarray:
 
 
 def _tinted(picture: Image.Image, mask_HW: np.ndarray) -> Image.Image:
-    covered = Image.blend(picture, Image.new("RGB", picture.size, UNTRAINED), 0.5)
+    grey = ImageOps.grayscale(picture).convert("RGB")  # so that red shows on a red picture, too
+    covered = Image.blend(grey, Image.new("RGB", picture.size, UNTRAINED), 0.5)
     return Image.composite(picture, covered, Image.fromarray(mask_HW))
 
 
@@ -123,7 +169,3 @@ def _image(pixels_CHW: np.ndarray) -> Image.Image:
 def _small(picture: Image.Image) -> Image.Image:
     picture.thumbnail((CELL, CELL))
     return picture
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return [sum(lengths[:n]) for n in range(len(lengths))]

@@ -148,3 +148,10 @@ class RunFolder:
         """Complete checkpoint folders, oldest first."""
         found = [entry for entry in self.path.glob("global_step*") if entry.is_dir()]
         return sorted(found, key=lambda entry: int(entry.name.removeprefix("global_step")))
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -16,6 +16,7 @@ from .media import PICTURE_SUFFIXES, Source
 from .video import SUFFIXES as VIDEO_SUFFIXES
 
 SUFFIXES = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+LISTED = SUFFIXES | {".txt", ".tar"}
 BESIDES = frozenset({
     ".txt", ".json", ".jsonl", ".npz", ".npy", ".parquet", ".bak", ".db", ".tar", ".toml", ".md", ".ini", ".csv",
     ".yaml", ".yml", ".caption", ".safetensors", ".log",
@@ -57,7 +58,7 @@ class Listing:
 
     def name(self, source: Source) -> str:
         """Path of a file below the folder."""
-        return str(source)[len(self.folder) + 1 :]
+        return str(source).removeprefix(f"{self.folder}/")
 
     def by_stem(self) -> dict[str, tuple[Source, Stamp]]:
         """The files by path below the folder without suffix, and by that path's last part where it is unique."""
@@ -114,6 +115,10 @@ def find_items(listing: Listing, index: Index) -> list[Item]:
         texts = listed and (listed.get(item.name) or listed.get(source.name))
         _set_captions(item, texts or [listing.archived_texts.get(stem) or beside.get(stem, "")])
         items.append(item)
+    if listed:
+        there = {name for item in items for name in (item.name, item.source.name)}
+        for name in listed.keys() - there:
+            listing.problems[f"{listing.folder}/{name}"] = "has a caption in a list, but is not there"
     return items
 
 
@@ -128,25 +133,21 @@ def _walk(folder: str, recursive: bool, skipped: set[str]) -> Iterator[os.DirEnt
         seen.add((stat.st_dev, stat.st_ino))
         with os.scandir(current) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself
+                    is_folder = False
+                if entry.name[0] == ".":
                     continue
-                if _is_folder(entry):
-                    if recursive:
-                        waiting.append(entry.path)
-                else:
+                if not is_folder:
                     yield entry
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+                elif recursive:
+                    waiting.append(entry.path)
 
 
 def _sort_in(entry: os.DirEntry[str], listing: Listing, archives: dict[str, Stamp]) -> None:
     suffix = _suffix(entry.name)
-    if suffix not in SUFFIXES and suffix not in (".txt", ".tar"):
+    if suffix not in LISTED:
         if suffix not in BESIDES and entry.name != "README":
             listing.problems[entry.path] = "of an unknown kind; rename it if it is a picture or video"
         return
@@ -192,15 +193,15 @@ def _read_caption(path: str) -> str:
 
 
 def _set_captions(item: Item, texts: list[str]) -> None:
-    try:
-        for text in texts:
-            if text.startswith("\0"):
-                raise captions.UnusableCaption(text[1:])
-            if not text.isascii() or len(text) > captions.LONGEST:  # archives and lists may hold anything
-                captions.decode(text.encode("utf-8", "surrogateescape"), "text")
-    except captions.UnusableCaption as problem:
-        item.problem = str(problem)
     item.captions = [text.strip() for text in texts]
+    for text in texts:
+        if text[:1] == "\0":
+            item.problem = text[1:]
+        elif not text.isascii() or len(text) > captions.LONGEST:  # archives and lists may hold anything
+            try:
+                captions.decode(text.encode("utf-8", "surrogateescape"), "text")
+            except captions.UnusableCaption as problem:
+                item.problem = str(problem)
 
 
 def _listed_captions(folder: Path) -> dict[str, list[str]]:
@@ -221,7 +222,8 @@ def _listed_captions(folder: Path) -> dict[str, list[str]]:
 
 
 def _edit_items(path: Path, listing: Listing) -> list[Item]:
-    """The layout with ``source_images/``, ``target_images/`` and instructions that name one of each or more."""
+    """The layout with ``source_images/``, ``target_images/`` and instructions that name one of each or more: each
+    target is made from all the sources."""
     items, folder = [], Path(listing.folder)
     for number, line in _lines(path):
         targets = _names(_first(line, _TARGET_KEYS))
@@ -231,13 +233,14 @@ def _edit_items(path: Path, listing: Listing) -> list[Item]:
         text = _texts(_first(line, _INSTRUCTION_KEYS), f"{path}: line {number}")
         try:
             controls = [_stamped(_below(folder, "source_images", name)) for name in sources]
-            target = _stamped(_below(folder, "target_images", targets[0]))
+            found = [_stamped(_below(folder, "target_images", name)) for name in targets]
         except OSError as error:
-            listing.problems[f"{path}:{number}"] = f"'{error.filename}' is not there"
+            listing.problems[f"{path}:{number}"] = f"'{printable(str(error.filename))}' is not there"
             continue
-        item = Item(*target, name=listing.name(target[0]), controls=controls)
-        _set_captions(item, text)
-        items.append(item)
+        for target, stamp in found:
+            item = Item(target, stamp, listing.name(target), controls=controls)
+            _set_captions(item, text)
+            items.append(item)
     return items
 
 
@@ -292,7 +295,8 @@ def _stem(path: str) -> str:
 
 
 def _suffix(name: str) -> str:
-    return name[len(_stem(name)) :].lower()
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
 
 
 def printable(text: str) -> str:

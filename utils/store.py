@@ -62,13 +62,16 @@ class Store:
             return False
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Stores a value in one step.
+        """Stores a value in one step: tensors of any type and shape.
 
         Raises:
             OSError: No space is left, or the folder cannot be written.
         """
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = save(contiguous, metadata={"checksum": _checksum(contiguous)})
+        # Copies: of views of one tensor, safetensors would take only one.
+        own = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        data = save(own, metadata={"checksum": _checksum(own)})
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         owner = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"

@@ -19,11 +19,12 @@ from .buckets import Bucket
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .checkpointing import Checkpointing
 from .config import SettingsError, write_toml
-from .control import Control, Stopped
+from .control import Control
 from .ema import Ema
 from .evaluation import Evaluation, read_sets
 from .exports import Exporter
 from .finetune import choose_weights
+from .index import Stopped
 from .live import Live, Stages, owners_of
 from .loader import Loader
 from .loop import Loop
@@ -34,6 +35,7 @@ from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
 from .partitioning import layer_costs, partition
 from .pipeline import Chain, Engine, Link, build_engine
+from .plan import make_plan
 from .position import Position
 from .preparation import Data, Preparation
 from .release import ReleasedTrained
@@ -44,6 +46,7 @@ from .settings import DatasetSettings, TrainSettings, as_toml, family_of
 from .sharding import ShardedTrained, Sharding
 from .trained import Share, Trained
 from .wandb_run import WandbRun, check_wandb
+from .watch import Watch
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -133,7 +136,14 @@ class Trainer:
         global_batch = self._global_batch(cache.samples[0].bucket)
         logger.info("training %d steps over %d epochs, %d pictures a step", total, s.epochs, global_batch)
         self.control.say(
-            state="training", phase="", eta=None, total_steps=total, step=position.step, epoch=position.epoch
+            state="training",
+            phase="",
+            phase_done=0,
+            phase_total=0,
+            eta=None,
+            total_steps=total,
+            step=position.step,
+            epoch=position.epoch,
         )
         loop = Loop(
             s,
@@ -150,12 +160,18 @@ class Trainer:
             position,
             total,
             about,
+            Watch(self.world.device, self._planned),
         )
         folder = self.folder.path if self.world.rank == 0 else None
         purge_after = position.place(s.x_axis_examples) if self._resume else None
         mirror = WandbRun(s, folder) if folder and s.monitoring.enable_wandb else None
         with Curves(folder, purge_after, mirror) as curves:
             loop.run(curves)
+
+    def _planned(self) -> float:
+        """Bytes that the plan expects on this GPU."""
+        plan = make_plan(self.settings, self.dataset, self.world.size, self.family)
+        return plan.stages[self.world.stage(self.settings.pipeline_stages)].memory.total
 
     def _global_batch(self, bucket: Bucket) -> int:
         """Samples of one step over all processes."""
@@ -174,47 +190,14 @@ class Trainer:
 
     def _build(self) -> tuple[Engine, Trained, Exporter, Live]:
         s = self.settings
-        self.control.say(phase="loading the model")
+        self.control.report("loading the model")
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
         self._model = resuming.model_identity(self.family, denoiser)
-        layers = self.family.layers(denoiser)
-        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
-        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
-        stage = self.world.stage(s.pipeline_stages)
         rates = {**s.learning_rates, **self.family.learning_rates()}
-        sharding = None
-        swap = None
-        links: Sequence[Layer | Link]
-        if s.zero_stage >= 2:
-            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
-            links = self._share_out(sharding, denoiser, layers, rates)
-        else:
-            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
-            self._adapt(denoiser, rates)
-            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
-            if swap:
-                swap.bind()
-        dropout = bool(s.adapter and s.adapter.drops)
-        chain = Chain(
-            links,
-            s.pipeline_stages,
-            bounds,
-            loss_for(s),
-            Checkpointing(
-                s.activation_checkpointing if s.activation_memory_budget is None else False,
-                self.world.device,
-                random=dropout,
-                compiled=s.compile,
-            ),
-            swap,
-            compiled=s.compile,
-            memory_budget=s.activation_memory_budget,
-        )
-        owners = owners_of(layers, bounds)
+        chain, sharding, owners = self._chain(denoiser, rates)
         adapted = adapted_layers(denoiser)  # of this stage: the others' weights were not read
-        del layers, links
         names = {parameter: name for name, parameter in denoiser.named_parameters()}
         trained = self._trained(names, chain, rates, sharding)
         if s.ema_decay:
@@ -228,7 +211,7 @@ class Trainer:
             micro_batch=s.micro_batch_size_per_gpu if isinstance(s.micro_batch_size_per_gpu, int) else 1,
             num_micro_batches=s.gradient_accumulation_steps,
             max_norm=0.0 if s.optimizer.gradient_release else s.gradient_clipping,
-            use_graphs=s.cuda_graphs and not dropout and not sharding and not s.optimizer.gradient_release,
+            use_graphs=s.cuda_graphs and not self._drops and not sharding and not s.optimizer.gradient_release,
         )
         exporter = Exporter(
             s,
@@ -243,9 +226,52 @@ class Trainer:
         stages = None
         if s.pipeline_stages > 1:
             ranks = [engine.grid.stage_to_global(number) for number in range(s.pipeline_stages)]
-            stages = Stages(owners, stage, engine.grid.get_pipe_parallel_group(), ranks)
+            stages = Stages(owners, engine.grid.get_stage_id(), engine.grid.get_pipe_parallel_group(), ranks)
         live = Live(denoiser, self.family.dtype, self.world.device, chain.hooked, stages)
         return engine, trained, exporter, live
+
+    @property
+    def _drops(self) -> bool:
+        """Whether a training step draws what it leaves out."""
+        return bool(self.settings.adapter and self.settings.adapter.drops)
+
+    def _chain(
+        self, denoiser: nn.Module, rates: dict[str, float]
+    ) -> tuple[Chain, Sharding | None, dict[nn.Module, int]]:
+        """This stage of ``denoiser`` with its weights, how they are shared out, and which stage has which module."""
+        s = self.settings
+        layers = self.family.layers(denoiser)
+        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
+        stage = self.world.stage(s.pipeline_stages)
+        sharding = None
+        swap = None
+        links: Sequence[Layer | Link]
+        if s.zero_stage >= 2:
+            sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
+            links = self._share_out(sharding, denoiser, layers, rates)
+        else:
+            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            self._adapt(denoiser, rates)
+            links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
+            if swap:
+                swap.bind()
+        chain = Chain(
+            links,
+            s.pipeline_stages,
+            bounds,
+            loss_for(s),
+            Checkpointing(
+                s.activation_checkpointing if s.activation_memory_budget is None else False,
+                self.world.device,
+                random=self._drops,
+                compiled=s.compile,
+            ),
+            swap,
+            compiled=s.compile,
+            memory_budget=s.activation_memory_budget,
+        )
+        return chain, sharding, owners_of(layers, bounds)
 
     def _costs(self, denoiser: nn.Module) -> list[int]:
         """Arithmetic of each layer for the largest sample."""
@@ -275,6 +301,13 @@ class Trainer:
             grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), grid.get_data_parallel_group()
         )
         kahan = keeps_kahan_sums(s.optimizer)
+        parted = s.pipeline_stages > 1 or s.optimizer.gradient_release or (s.zero_stage == 1 and share.size > 1)
+        if parted and s.optimizer.type.lower().startswith(("prodigy", "dadapt")):
+            logger.warning(
+                "optimizer.type: %s finds one rate from all weights that it sees; here it sees parts of them, each of "
+                "which gets a rate of its own, and losses differ from those of one process",
+                s.optimizer.type,
+            )
         if s.optimizer.gradient_release:
             if share.size > 1:
                 raise SettingsError(

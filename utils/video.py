@@ -113,6 +113,8 @@ def _reading(source: Source) -> Iterator[av.container.InputContainer]:
 
 
 def _stream(container: av.container.InputContainer) -> av.VideoStream:
+    if container.format.name.endswith("_pipe") or container.format.name == "image2":
+        raise UnreadableMedia("a picture that is named like a video; rename it")
     best = container.streams.best("video")
     if not isinstance(best, av.VideoStream):
         raise UnreadableMedia("holds no video")

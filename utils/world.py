@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from .config import SettingsError
 
@@ -37,6 +38,14 @@ class World:
     def barrier(self) -> None:
         """Waits for all ranks."""
         dist.barrier(group=self.control)
+
+    def tell(self, word: str) -> None:
+        """Lets all ranks know, whatever they do; see `was_told`."""
+        distributed_c10d._get_default_store().set(word, "1")
+
+    def was_told(self, word: str) -> bool:
+        """Whether any rank has said it; unlike the rest, no rank waits for another."""
+        return bool(distributed_c10d._get_default_store().check([word]))
 
     def leave(self) -> None:
         """Ends the connections; NCCL warns of those that a process takes along when it exits."""
