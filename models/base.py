@@ -377,7 +377,7 @@ class Family(ABC):
 
     @abstractmethod
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """Stacks examples of one bucket, adds noise and says what the network should answer."""
+        """Stacks examples of one bucket and as many controls, adds noise and says what the network should answer."""
 
     def timestep(self, quantile: float, latent_size: tuple[int, int]) -> float:
         """Noise level in (0, 1) at which the fraction ``quantile`` of training lies below it.

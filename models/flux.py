@@ -1,14 +1,15 @@
-"""Flux.1: dev, schnell and models trained from them, by Black Forest Labs.
+"""Flux.1: dev, schnell, Kontext and models trained from them, by Black Forest Labs.
 
 A rectified-flow transformer over 2x2 patches of 16-channel latents. Text and image tokens pass the
 double blocks as two streams with joint attention, then the single blocks as one sequence. Guidance
-is an input of dev (distilled); schnell has none. The network predicts noise - x0.
+is an input of dev (distilled); schnell has none. The network predicts noise - x0. Kontext, and whatever is trained
+with control pictures, sees the control's patches after its own; what it says of those is dropped.
 
-Reference: https://github.com/black-forest-labs/flux, and diffusers' FluxPipeline, which the layers here
-equal bit for bit. Licence of the weights: schnell Apache-2.0, dev FLUX.1 [dev] Non-Commercial.
+Reference: https://github.com/black-forest-labs/flux, and diffusers' FluxPipeline and FluxKontextPipeline, which the
+layers here equal bit for bit. Licence of the weights: schnell Apache-2.0, dev and Kontext FLUX.1 [dev] Non-Commercial.
 
-Shape legend: N batch, C latent channels, H W height and width of the latents, T image tokens (H/2 * W/2),
-L text tokens, D features.
+Shape legend: N batch, C latent channels, H W height and width of the latents, T image tokens (H/2 * W/2), twice as
+many with a control picture, L text tokens, D features.
 """
 
 from __future__ import annotations
@@ -46,9 +47,12 @@ if TYPE_CHECKING:
     import diffusers
     import torch
     import transformers
+    from PIL import ImageOps
+    from PIL.Image import Image
     from torch import nn
 else:
     diffusers, torch, transformers = map(lazy, ("diffusers", "torch", "transformers"))
+    ImageOps = lazy("PIL.ImageOps")
 
 VAE_SCALING, VAE_SHIFT = 0.3611, 0.1159
 """Of the latents; from the reference code's AutoEncoder parameters, as a single file does not hold them."""
@@ -60,7 +64,7 @@ SCHNELL_SCHEDULE: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
 
 
 class FluxConfig(ModelConfig):
-    """Flux.1 dev or schnell, from a diffusers folder, from single files as ComfyUI has them, or from both."""
+    """Flux.1 dev, schnell or Kontext, from a diffusers folder, from single files as ComfyUI has them, or from both."""
 
     type: Literal["flux"] = "flux"
     diffusers_path: str | None = option(
@@ -161,6 +165,7 @@ class Flux(Family):
     Config = FluxConfig
     config: FluxConfig
     size_multiple = 16
+    max_controls = 1
     text_encoders = ("clip", "t5")
     adapter_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     high_precision = ("^time_text_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out")
@@ -337,8 +342,10 @@ class Flux(Family):
         text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
         guidance_N = torch.full_like(t_N, self.config.guidance)
         target_NTD = pack(noise_NCHW - x0_NCHW)
+        controls = [control["latents"].to(self.dtype) for example in examples for control in example.controls]
+        further = (torch.stack(controls),) if controls else ()
         return Batch(
-            inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N),
+            inputs=(x_t_NCHW.to(self.dtype), told_N, pooled_ND, text_NLD, guidance_N, *further),
             target=target_NTD,
             weight=self.time_weight(t_N, target_NTD),
         )
@@ -392,7 +399,19 @@ class Flux(Family):
         for prefix, text in (("", request.text), ("negative_", request.negative_text)):
             arguments[f"{prefix}prompt_embeds"] = text["t5_embeds"][None].to(device)
             arguments[f"{prefix}pooled_prompt_embeds"] = text["clip_pooled"][None].to(device)
+        if request.images:  # at the size of what is drawn, as in training; the pipeline would choose others
+            size = request.width, request.height
+            arguments["image"] = ImageOps.fit(request.images[0].convert("RGB"), size)
+            arguments |= {"max_area": request.width * request.height, "_auto_resize": False}
         return arguments
+
+    def sample(self, pipeline: Any, request: SampleRequest) -> list[Image]:
+        """As `Family.sample`; FluxKontextPipeline draws what starts from a picture."""
+        if request.images:
+            shown = getattr(pipeline, "_progress_bar_config", {})
+            pipeline = diffusers.FluxKontextPipeline(**pipeline.components)
+            pipeline.set_progress_bar_config(**shown)
+        return super().sample(pipeline, request)
 
     @classmethod
     def write_miniature(cls, folder: Path, guidance: bool = True) -> dict[str, Any]:
@@ -420,9 +439,15 @@ def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
     return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
 
 
-def position_ids(num_text_tokens: int, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """(0, row, column) of each token, text (all zero) before the patches of an image of ``height`` x ``width``."""
-    ids = torch.zeros(height, width, 3, device=device)
+def position_ids(
+    num_text_tokens: int, height: int, width: int, device: torch.device, num_pictures: int = 1
+) -> torch.Tensor:
+    """(picture, row, column) of each token: text (all zero), then the patches of pictures of ``height`` x ``width``.
+
+    Picture 0 is what is made, picture 1 the control.
+    """
+    ids = torch.zeros(num_pictures, height, width, 3, device=device)
+    ids[..., 0] = torch.arange(num_pictures, device=device)[:, None, None]
     ids[..., 1] = torch.arange(height, device=device)[:, None]
     ids[..., 2] = torch.arange(width, device=device)
     return torch.cat([ids.new_zeros(num_text_tokens, 3), ids.reshape(-1, 3)])
@@ -438,14 +463,23 @@ def _embed(
     pooled_ND: torch.Tensor,
     text_NLD: torch.Tensor,
     guidance_N: torch.Tensor,
+    control_NCHW: torch.Tensor | None = None,
+    *,
     has_guidance: bool,
 ) -> Tensors:
-    x_NTD = modules.x_embedder(pack(x_t_NCHW))
+    """With a control there is one tensor more, whose length is the number of tokens that are made."""
+    tokens_NTD = pack(x_t_NCHW)
+    made: Tensors = ()
+    if control_NCHW is not None:
+        made = (torch.zeros(tokens_NTD.shape[1], dtype=torch.uint8, device=tokens_NTD.device),)
+        tokens_NTD = torch.cat([tokens_NTD, pack(control_NCHW)], dim=1)
+    x_NTD = modules.x_embedder(tokens_NTD)
     times = [t_N, guidance_N] if has_guidance else [t_N]
     temb_ND = modules.time_text_embed(*(time.to(x_NTD.dtype) * 1000 for time in times), pooled_ND)
-    ids = position_ids(text_NLD.shape[1], x_t_NCHW.shape[2] // 2, x_t_NCHW.shape[3] // 2, x_NTD.device)
+    height, width = x_t_NCHW.shape[2] // 2, x_t_NCHW.shape[3] // 2
+    ids = position_ids(text_NLD.shape[1], height, width, x_NTD.device, 1 + len(made))
     cos, sin = modules.pos_embed(ids)
-    return x_NTD, modules.context_embedder(text_NLD), temb_ND, cos.contiguous(), sin.contiguous()
+    return x_NTD, modules.context_embedder(text_NLD), temb_ND, cos.contiguous(), sin.contiguous(), *made
 
 
 def _block(
@@ -455,14 +489,18 @@ def _block(
     temb_ND: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    *made: torch.Tensor,
 ) -> Tensors:
     """A double or a single block: they take and give the same."""
     text_NLD, x_NTD = modules.block(x_NTD, text_NLD, temb_ND, (cos, sin))
-    return x_NTD.contiguous(), text_NLD.contiguous(), temb_ND, cos, sin
+    return x_NTD.contiguous(), text_NLD.contiguous(), temb_ND, cos, sin, *made
 
 
-def _out(modules: Any, x_NTD: torch.Tensor, _text: Any, temb_ND: torch.Tensor, *_rope: Any) -> torch.Tensor:
-    return modules.proj_out(modules.norm_out(x_NTD, temb_ND))
+def _out(
+    modules: Any, x_NTD: torch.Tensor, _text: Any, temb_ND: torch.Tensor, _cos: Any, _sin: Any, *made: torch.Tensor
+) -> torch.Tensor:
+    prediction_NTD = modules.proj_out(modules.norm_out(x_NTD, temb_ND))
+    return prediction_NTD[:, : made[0].shape[0]] if made else prediction_NTD
 
 
 # -- the transformer in Black Forest Labs' layout ---------------------------------------------------------

@@ -53,6 +53,9 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
         _train({key: value for key, value in FLUX.items() if key != "transformer_dtype"}, None,
                {"type": "adamw_optimi", "lr": 1e-5, "betas": [0.9, 0.99], "weight_decay": 0.01},
                train_only=["^transformer_blocks"], activation_checkpointing=True)),
+    "flux_kontext_edit.toml": (
+        "A LoRA for Flux Kontext, from an edit dataset",
+        _train({**FLUX, "diffusers_path": "/data/models/FLUX.1-Kontext-dev"}, dataset="/data/dataset_edit.toml")),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from datasets import READERS, EditFamily, VideoFamily, hostile, look, picture
+from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.dataset import recall, remember
 from diffusion_trainer.utils.settings import as_toml, parse_dataset_settings
@@ -131,8 +132,11 @@ def test_edit_instructions(tmp_path):
     assert samples[-1].name == str(elsewhere)
     assert len({s.key for s in samples}) == 4
     assert "gone.png" in next(iter(report.left_out.values()))
-    with pytest.raises(SettingsError, match="Flux takes no control pictures"):
-        look(folder)
+    for title in ("SDXL", "Wan"):
+        with pytest.raises(SettingsError, match=f"{title} takes no control pictures"):
+            look(folder, families()[title.lower()])
+    report = look(folder)[1]
+    assert "names 2 control pictures; Flux takes 1" in report.left_out.values()
 
 
 def test_documented_product_file():

@@ -24,6 +24,9 @@ from .settings import DatasetSettings, Directory
 from .sources import Item, find_items, list_folder, printable
 from .video import ClipMode, clip_starts, num_frames
 
+Kind = tuple[Bucket, int]
+"""Bucket and number of control pictures."""
+
 MANY = 20_000
 """Samples; for as many the garbage collector takes noticeable time."""
 
@@ -60,6 +63,11 @@ class Sample:
         """Names the sample for randomness and order, whatever else the dataset holds."""
         key = f"{self.media.digest}:{self.bucket}:{self.name}"
         return key + (f":{self.start}" if self.start else "") + (f":{self.copy}" if self.copy else "")
+
+    @property
+    def kind(self) -> Kind:
+        """What all samples of a batch have in common."""
+        return self.bucket, len(self.controls)
 
     @property
     def files(self) -> Iterator[Media]:

@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from ..models.base import Batch, Example, Family
-from .buckets import Bucket
 from .cache import Cache, View
 from .config import SettingsError, read_toml
-from .dataset import Sample
+from .dataset import Kind, Sample
 from .loader import AHEAD, READERS, Loader
 from .pipeline import Engine
 from .randomness import derive_seed, generator
@@ -106,14 +105,14 @@ class _Set:
         self._loader = Loader(cache, family, 0, 1)
 
     def micro_batches(self, settings: TrainSettings, num_ranks: int) -> list[list[_Item]]:
-        """All items in micro-batches of one bucket, each full: the last of a bucket is filled with items that come
+        """All items in micro-batches of one kind, each full: the last of a kind is filled with items that come
         again, and so are the micro-batches up to a multiple of ``num_ranks``. What comes again gives the same loss
         and is counted once."""
-        by_bucket: dict[Bucket, list[_Item]] = defaultdict(list)
+        by_kind: dict[Kind, list[_Item]] = defaultdict(list)
         for number, sample in enumerate(self.samples):
-            by_bucket[sample.bucket] += [_Item(number, quantile) for quantile in QUANTILES]
+            by_kind[sample.kind] += [_Item(number, quantile) for quantile in QUANTILES]
         plan = []
-        for bucket, items in sorted(by_bucket.items()):
+        for (bucket, _), items in sorted(by_kind.items()):
             size = settings.eval_micro_batch(bucket.width, bucket.height, bucket.frames)
             padded = items + [items[n % len(items)] for n in range(-len(items) % size)]
             plan += [padded[start : start + size] for start in range(0, len(padded), size)]

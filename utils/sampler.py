@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .buckets import Bucket
-from .dataset import Sample
+from .dataset import Kind, Sample
 from .position import Position
 from .randomness import derive_seed
 
@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
 
 class Sampler:
-    """Steps of samples of one bucket each, reshuffled every epoch from the seed.
+    """Steps of samples of one `Kind` each, reshuffled every epoch from the seed.
 
     In an epoch every sample comes exactly ``num_repeats`` times (a fraction is met on average over
     epochs). Where a bucket does not divide into steps, its last step is filled with samples that weigh
@@ -39,11 +39,13 @@ class Sampler:
         """``global_batch``: samples of one step over all processes, or that for each bucket."""
         self._seed = seed
         self._repeats = np.array([sample.num_repeats for sample in samples])
-        members: dict[Bucket, list[int]] = defaultdict(list)
+        members: dict[Kind, list[int]] = defaultdict(list)
         for index, sample in enumerate(samples):
-            members[sample.bucket].append(index)
-        self._members = {bucket: np.array(members[bucket]) for bucket in sorted(members)}
-        self._batch = {bucket: global_batch(bucket) if callable(global_batch) else global_batch for bucket in members}
+            members[sample.kind].append(index)
+        self._members = {kind: np.array(members[kind]) for kind in sorted(members)}
+        self._batch = {
+            bucket: global_batch(bucket) if callable(global_batch) else global_batch for bucket, _ in members
+        }
 
     def batch_sizes(self) -> dict[str, int]:
         """Samples of one step, by bucket."""
@@ -61,26 +63,26 @@ class Sampler:
             batch = {bucket: sizes.get(str(bucket), size) for bucket, size in self._batch.items()}
             done = self._cut(left, batch, number, turn)[:num_steps]
             trained = {(draw.sample, draw.repeat) for step in done for draw in step if draw.weight}
-            left = {bucket: [draw for draw in draws if draw not in trained] for bucket, draws in left.items()}
+            left = {kind: [draw for draw in draws if draw not in trained] for kind, draws in left.items()}
         return self._cut(left, self._batch, number, len(past))
 
-    def _draws(self, number: int) -> dict[Bucket, list[tuple[int, int]]]:
-        """Sample and repeat of all draws of an epoch, in order, by bucket."""
+    def _draws(self, number: int) -> dict[Kind, list[tuple[int, int]]]:
+        """Sample and repeat of all draws of an epoch, in order, by kind."""
         found = {}
-        for bucket, members in self._members.items():
+        for (bucket, controls), members in self._members.items():
             counts = self._counts(members, number)
             draws = [
                 (index, n) for index, count in zip(members.tolist(), counts.tolist(), strict=True) for n in range(count)
             ]
-            random.Random(derive_seed("order", self._seed, number, bucket)).shuffle(draws)
-            found[bucket] = draws
+            random.Random(derive_seed("order", self._seed, number, bucket, *[controls] * (controls > 0))).shuffle(draws)
+            found[bucket, controls] = draws
         return found
 
     def _cut(
-        self, draws: Mapping[Bucket, list[tuple[int, int]]], batch: Mapping[Bucket, int], number: int, turn: int
+        self, draws: Mapping[Kind, list[tuple[int, int]]], batch: Mapping[Bucket, int], number: int, turn: int
     ) -> list[list[Draw]]:
         steps = []
-        for bucket, members in draws.items():
+        for (bucket, _), members in draws.items():
             size = batch[bucket]
             steps += [_step(members[start : start + size], size) for start in range(0, len(members), size)]
         random.Random(derive_seed("steps", self._seed, number, *[turn] * (turn > 0))).shuffle(steps)
@@ -88,7 +90,7 @@ class Sampler:
 
     def num_steps(self, epoch: int) -> int:
         """How many steps epoch ``epoch`` has, without laying it out."""
-        totals = ((bucket, int(self._counts(members, epoch).sum())) for bucket, members in self._members.items())
+        totals = ((kind[0], int(self._counts(members, epoch).sum())) for kind, members in self._members.items())
         return sum(-(-total // self._batch[bucket]) for bucket, total in totals)
 
     def total_steps(self, epochs: int, first: int = 0) -> int:
