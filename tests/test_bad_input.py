@@ -97,7 +97,7 @@ def test_check_config_says_good_and_touches_nothing(bench: Bench, out: Path) -> 
     ("text", "message"),
     [
         (b'epocs = 3\n[model]\ntype = "flux"\n', "epocs: unknown option; did you mean 'epochs'?"),
-        (b'[model]\ntype = "flucks"\n', "model.type: 'flucks' is unknown; known are flux"),
+        (b'[model]\ntype = "flucks"\n', "model.type: 'flucks' is unknown; known are anima, auraflow"),
         (b'epochs = 0\n[model]\ntype = "flux"\n', "epochs: must be at least 1, got 0"),
         (b"epochs = = 3\n", "not valid TOML"),
         (b"# \xff\xfe\n", "not valid TOML"),

@@ -15,6 +15,7 @@ from diffusion_trainer.models.flux import Flux
 from diffusion_trainer.utils.cache import Cache, View
 from diffusion_trainer.utils.loader import Loader
 from diffusion_trainer.utils.losses import weighted_mean
+from diffusion_trainer.utils.preparation import _without
 from diffusion_trainer.utils.sampler import Sampler
 from diffusion_trainer.utils.store import Store, prune
 from PIL import Image
@@ -135,7 +136,7 @@ def test_undecodable_pictures_are_left_out_with_all_that_needs_them(tmp_path, mo
     cache = Cache(tmp_path / "cache", family(model), samples)
     failed = cache.fill(CPU, 2, READERS)
     assert list(failed) == [str(broken)]
-    assert {s.name for s in cache.without(failed)} == {"1.png", "2.png", "3.png"}
+    assert {s.name for s in _without(samples, failed, "dataset")} == {"1.png", "2.png", "3.png"}
 
 
 def test_ranks_share_the_work_without_gaps(tmp_path, model, data):

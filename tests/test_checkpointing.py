@@ -41,10 +41,9 @@ def plain(bench: Bench) -> Result:
         {"activation_checkpointing": True},
         {"activation_checkpointing": 2},
         {"activation_checkpointing": "selective"},
-        {"activation_checkpointing": "unsloth"},
         {"activation_checkpointing": "unsloth", "blocks_to_swap": 100},
     ],
-    ids=["every block", "every second", "selective", "inputs in main memory", "and swapped"],
+    ids=["every block", "every second", "selective", "inputs in main memory and swapped"],
 )
 def test_training_is_the_same_to_the_bit(bench: Bench, plain: Result, changes: dict) -> None:
     result = bench.train(epochs=1, adapter={"dropout": 0.2}, **changes)

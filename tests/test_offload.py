@@ -56,10 +56,9 @@ def assert_same(first: Result, second: Result) -> None:
     "changes",
     [
         {"blocks_to_swap": 2},
-        {"blocks_to_swap": 100},
         {"blocks_to_swap": 100, "activation_checkpointing": False},
     ],
-    ids=["two", "all", "all, without checkpointing"],
+    ids=["two", "all, without checkpointing"],
 )
 def test_swapping_changes_no_bit(bench: Bench, plain: Result, changes: dict) -> None:
     assert_same(plain, bench.train(epochs=1, **changes))

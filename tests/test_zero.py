@@ -99,3 +99,16 @@ def test_four_ranks_in_two_stages(bench: Bench, plain: Result) -> None:
 def test_refusals(bench: Bench, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         bench.train(**{**FULL, **changes}, zero_stage=3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_eval_sets_see_the_average_of_shared_weights_and_leave_no_trace(bench: Bench, stage: int) -> None:
+    config = {"resolutions": [64], "directory": [{"path": str(bench.pictures)}]}
+    looks: dict[str, Any] = {
+        "ema_decay": 0.5, "eval_datasets": [{"name": "all", "config": config}], "eval_every_n_steps": 2,
+    }  # fmt: skip
+    options: dict[str, Any] = {**FULL, "epochs": 1}
+    plain, whole = bench.train(**options, zero_stage=stage), bench.train(**options, **looks)
+    shared = bench.train(**options, **looks, zero_stage=stage)
+    assert shared.curve("loss") == plain.curve("loss")
+    assert shared.points("all/loss") == pytest.approx(whole.points("all/loss"), rel=1e-4)

@@ -1,17 +1,20 @@
 """Real trainings of miniatures, for the tests of trainer, engine and families."""
 
+import gc
 import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import av
 import torch
+from deepspeed.utils import groups as deepspeed_groups
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
 from diffusion_trainer.utils.run_folder import Command, RunFolder
@@ -21,6 +24,7 @@ from diffusion_trainer.utils.world import World, join_world
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed import ProcessGroup, distributed_c10d
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +33,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def world() -> World:
     """The world of one that this test process is."""
     return join_world()
+
+
+@contextmanager
+def closed_groups() -> Iterator[None]:
+    """Ends the process groups that are made within. A run leaves them to the end of its process, but here hundreds
+    of runs share one, and gloo has three threads for each group, of which one polls."""
+    world()
+    known = set(distributed_c10d._world.pg_map)
+    try:
+        yield
+    finally:
+        kept = {value for value in vars(deepspeed_groups).values() if isinstance(value, ProcessGroup)}
+        for group in set(distributed_c10d._world.pg_map) - known - kept:
+            torch.distributed.destroy_process_group(group)
+        gc.collect()  # engines refer to themselves and to their groups
 
 
 def free_port() -> int:
@@ -115,7 +134,8 @@ class Bench:
         tables = parse_dataset_settings(dataset or self.dataset())
         folder = folder or RunFolder.create(self.root / "out")
         prepare_folder(settings, tables, folder)
-        Trainer(settings, tables, world(), folder, resume).run()
+        with closed_groups():
+            Trainer(settings, tables, world(), folder, resume).run()
         return Result(folder)
 
     def launch(

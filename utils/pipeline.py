@@ -28,6 +28,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..models.base import Batch, Layer
 from .checkpointing import Checkpointing
@@ -132,6 +133,12 @@ class Chain(PipelineModule):
         """The modules of this stage can be called by themselves, without gradients."""
         return self.swap.hooked() if self.swap else contextlib.nullcontext()
 
+    def let_go(self) -> None:
+        """Weights that ranks share out are gathered anew when they are used again: the shares may change meanwhile."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def forget(self) -> None:
         """What was issued last may never have run."""
         if self.swap:
@@ -212,6 +219,7 @@ class Engine(PipelineEngine):
                     self._exec_send_activations(0)
         self.pipe_buffers["inputs"][0] = self.pipe_buffers["outputs"][0] = None
         self.module.settle()
+        self.module.let_go()
         self.module.train(training)
         return torch.cat(losses).tolist() if losses else []
 
