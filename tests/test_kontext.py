@@ -17,7 +17,9 @@ from diffusion_trainer.utils.config import validate
 from diffusion_trainer.utils.dataset import Sample
 from diffusion_trainer.utils.index import Media
 from diffusion_trainer.utils.media import Properties, Source
+from diffusion_trainer.utils.plan import make_plan
 from diffusion_trainer.utils.sampler import Sampler
+from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
 from PIL import Image, ImageOps
 from test_training import assert_same
 from training import Bench, Result
@@ -217,6 +219,20 @@ def test_edits_and_pictures_alone_train_together(bench: EditBench, plain: Result
     assert (report["samples"], report["controls"]) == (12, 6)
     alone = bench.train(epochs=2, dataset={"resolutions": [64], "directory": [{"path": str(bench.alone)}]})
     assert not set(alone.curve("loss")) & set(plain.curve("loss"))
+
+
+def test_a_plan_counts_the_controls_tokens(bench: EditBench, tmp_path: Path) -> None:
+    (tmp_path / "edit_instructions.jsonl").write_text("", "utf-8")
+    settings = parse_train_settings(bench.settings(activation_checkpointing=False))
+
+    def activations(**directory: Any) -> float:
+        dataset = parse_dataset_settings({"resolutions": [256], "directory": [directory]})
+        return make_plan(settings, dataset, 1).stages[0].memory.activations
+
+    alone = activations(path=str(bench.alone))
+    edits = activations(path=str(bench.pictures), control_path=str(bench.before))
+    assert 1.6 < edits / alone < 2  # 256 tokens of pictures become 512, beside 32 of text
+    assert activations(path=str(tmp_path)) == edits
 
 
 def test_swapped_blocks_and_checkpoints_change_nothing(bench: EditBench, plain: Result) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..models.base import Family, Layer
+from ..models.base import Batch, Example, Family, Layer
 from .adapted import shapes_of
 from .adapters import _adapter, target_names
 from .checkpointing import is_dear
@@ -30,6 +31,7 @@ from .offload import NUM_PLACES, swapped
 from .optimizers import is_offloaded
 from .partitioning import layer_costs, partition
 from .settings import ActivationCheckpointing, DatasetSettings, TrainSettings, family_of
+from .sources import EDIT_LIST
 from .storage import DTYPES, NF4_BLOCK
 
 logger = logging.getLogger(__name__)
@@ -158,11 +160,12 @@ def make_plan(settings: TrainSettings, dataset: DatasetSettings, num_gpus: int, 
     layers = family.layers(denoiser.to("meta"))
     names: dict[Tensor, str] = {parameter: name for name, parameter in denoiser.named_parameters()}
     size, micro_batch = _largest(settings, dataset)
+    batch = family.collate([_blank(family, dataset, size)] * micro_batch)
     costs = None
     if settings.pipeline_stages > 1 and settings.partition_method == "cost":
-        costs = layer_costs(family, denoiser, family.collate([family.blank_example(*size)] * micro_batch))
+        costs = layer_costs(family, denoiser, batch)
     bounds = partition(layers, settings.pipeline_stages, settings.partition_method, settings.partition_split, costs)
-    kept = _Activations(family, settings.activation_checkpointing).measure(layers, size, micro_batch)
+    kept = _Activations(settings.activation_checkpointing).measure(layers, batch)
     count = _Count(family, settings, names, adapters, max(1, num_gpus // settings.pipeline_stages))
     stages = []
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -215,6 +218,16 @@ def _largest(settings: TrainSettings, dataset: DatasetSettings) -> tuple[tuple[i
     micro_batches = {size: settings.micro_batch(*size) for size in sizes}
     largest = max(sizes, key=lambda size: math.prod(size) * micro_batches[size])
     return largest, micro_batches[largest]
+
+
+def _blank(family: Family, dataset: DatasetSettings, size: tuple[int, int, int]) -> Example:
+    """An example of this size with as many controls as samples of the dataset may have."""
+    counts = [len(directory.controls) for directory in dataset.directory]
+    if any((Path(directory.path).expanduser() / EDIT_LIST).is_file() for directory in dataset.directory):
+        counts.append(1)
+    example = family.blank_example(*size)
+    example.controls = (example.media,) * min(family.max_controls, max(counts))
+    return example
 
 
 def _side(entry: Any) -> int:
@@ -320,13 +333,12 @@ class _Dear(TorchDispatchMode):
 class _Activations:
     """Measures what the backward pass needs, on tensors without memory."""
 
-    def __init__(self, family: Family, mode: ActivationCheckpointing) -> None:
-        self._family, self._mode = family, mode
+    def __init__(self, mode: ActivationCheckpointing) -> None:
+        self._mode = mode
 
-    def measure(self, layers: Sequence[Layer], size: tuple[int, int, int], micro_batch: int) -> _Kept:
-        """For a batch of ``micro_batch`` samples of this width, height and frames."""
-        example = self._family.blank_example(*size)
-        tensors = tuple(value.to("meta") for value in self._family.collate([example] * micro_batch).inputs)
+    def measure(self, layers: Sequence[Layer], batch: Batch) -> _Kept:
+        """For a batch like this."""
+        tensors = tuple(value.to("meta") for value in batch.inputs)
         weights = {p.untyped_storage()._cdata for layer in layers for p in _parameters(layer)}
         every = 1 if isinstance(self._mode, str) else int(self._mode)
         held, at_work, number = [], [], 0
