@@ -1,6 +1,7 @@
 """Real trainings of miniatures, for the tests of trainer, engine and families."""
 
 import gc
+import os
 import random
 import signal
 import socket
@@ -32,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 @cache
 def world() -> World:
     """The world of one that this test process is."""
-    return join_world()
+    joined = join_world()
+    del os.environ["MASTER_PORT"]  # processes that tests start must not take this one's
+    return joined
 
 
 @contextmanager
