@@ -403,6 +403,20 @@ class Family(ABC):
         """Factor of the shift t' = s*t / (1 + (s - 1)*t)."""
         return self.config.shift or 1.0
 
+    def noised(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What rectified flow trains on: x_t = t * noise + (1 - t) * x0, the times t, and the velocity noise - x0.
+
+        Returns:
+            x_t and velocity shaped like the latents, batch first, and t_N, all float32.
+        """
+        x0 = torch.stack([example.media["latents"] for example in examples]).float()
+        noise = torch.stack([example.noise for example in examples]).to(x0)
+        latent_size = (x0.shape[-2], x0.shape[-1])
+        times = [self.timestep(example.quantile, latent_size) for example in examples]
+        t_N = torch.tensor(times, dtype=torch.float32, device=x0.device)
+        t = t_N.view(-1, *[1] * (x0.ndim - 1))
+        return t * noise + (1.0 - t) * x0, t_N, noise - x0
+
     def time_weight(self, t_N: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weight of each sample's loss by its noise level, as ``loss_weighting`` says; broadcasts against ``target``.
 

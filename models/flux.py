@@ -329,19 +329,13 @@ class Flux(Family):
         return layers
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        x0_NCHW = torch.stack([example.media["latents"] for example in examples]).float()
-        noise_NCHW = torch.stack([example.noise for example in examples]).to(x0_NCHW)
-        latent_size = (x0_NCHW.shape[-2], x0_NCHW.shape[-1])
-        times = [self.timestep(example.quantile, latent_size) for example in examples]
-        t_N = torch.tensor(times, dtype=torch.float32, device=x0_NCHW.device)
-        t_N111 = t_N[:, None, None, None]
-        x_t_NCHW = t_N111 * noise_NCHW + (1.0 - t_N111) * x0_NCHW
+        x_t_NCHW, t_N, velocity_NCHW = self.noised(examples)
         # The network is told the time as the pipeline rounds it: t * 1000 in the latents' precision.
         told_N = ((t_N * 1000).to(self.dtype) / 1000).float()
         pooled_ND = torch.stack([example.text["clip_pooled"] for example in examples]).to(self.dtype)
         text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
         guidance_N = torch.full_like(t_N, self.config.guidance)
-        target_NTD = pack(noise_NCHW - x0_NCHW)
+        target_NTD = pack(velocity_NCHW)
         controls = [control["latents"].to(self.dtype) for example in examples for control in example.controls]
         further = (torch.stack(controls),) if controls else ()
         return Batch(

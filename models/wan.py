@@ -401,13 +401,7 @@ class Wan(Family):
         return layers
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        x0_NCFHW = torch.stack([example.media["latents"] for example in examples]).float()
-        noise_NCFHW = torch.stack([example.noise for example in examples]).to(x0_NCFHW)
-        latent_size = (x0_NCFHW.shape[-2], x0_NCFHW.shape[-1])
-        times = [self.timestep(example.quantile, latent_size) for example in examples]
-        t_N = torch.tensor(times, dtype=torch.float32, device=x0_NCFHW.device)
-        t_N1111 = t_N[:, None, None, None, None]
-        x_NCFHW = t_N1111 * noise_NCFHW + (1.0 - t_N1111) * x0_NCFHW
+        x_NCFHW, t_N, velocity_NCFHW = self.noised(examples)
         if self.variant.task != "t2v":
             condition_NCFHW = torch.stack([example.media["condition"] for example in examples])
             given_N4FHW = given_frames(condition_NCFHW, last=self.variant.task == "flf2v")
@@ -416,8 +410,7 @@ class Wan(Family):
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        target_NCFHW = noise_NCFHW - x0_NCFHW
-        return Batch(tuple(inputs), target_NCFHW, self.time_weight(t_N, target_NCFHW))
+        return Batch(tuple(inputs), velocity_NCFHW, self.time_weight(t_N, velocity_NCFHW))
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
         config: Any = self.build_denoiser().config

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,17 +110,7 @@ class Trainer:
         engine, trained, exporter, live = self._build()
         sampler = Sampler(cache.samples, self._global_batch, s.seed)
         about = resuming.identity(s, self._model, cache.samples, sampler)
-        position = Position()
-        if self._resume:
-            progress = load_checkpoint(
-                newest_checkpoint(self.folder),
-                trained,
-                lambda found: resuming.refuse_changed(found, about, s),
-                optimizer_state=not s.reset_optimizer,
-                optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
-            )
-            position = resuming.go_on(progress, about, s)
-            logger.info("resumed after step %d", position.step)
+        position = self._resumed(trained, about) if self._resume else Position()
         total = min(sampler.total_from(position, s.epochs), s.max_steps or sys.maxsize)
         if s.test_sample:
             total = position.step
@@ -167,6 +158,20 @@ class Trainer:
         mirror = WandbRun(s, folder) if folder and s.monitoring.enable_wandb else None
         with Curves(folder, purge_after, mirror) as curves:
             loop.run(curves)
+
+    def _resumed(self, trained: Trained, about: dict[str, Any]) -> Position:
+        """Takes over the newest checkpoint; gives where it stands."""
+        s = self.settings
+        progress = load_checkpoint(
+            newest_checkpoint(self.folder),
+            trained,
+            lambda found: resuming.refuse_changed(found, about, s),
+            optimizer_state=not s.reset_optimizer,
+            optimizer_groups=not (s.reset_optimizer or s.reset_optimizer_params),
+        )
+        position = resuming.go_on(progress, about, s)
+        logger.info("resumed after step %d", position.step)
+        return position
 
     def _planned(self) -> float:
         """Bytes that the plan expects on this GPU."""
