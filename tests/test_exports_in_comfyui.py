@@ -8,8 +8,9 @@ depth of its text encoders is told); and ComfyUI 0.3.64, not 0.33, must be told 
 import json
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,10 +192,11 @@ def write_sdxl(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sdxl_folder(tmp_path_factory) -> Path:
+def sdxl_folder(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("sdxl")
     write_sdxl(folder)
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # pytest keeps the folders of several runs, and this is nearly a gigabyte
 
 
 def sdxl_predictions(family: SDXL, denoiser: Any, batch: Any) -> dict[str, torch.Tensor]:
@@ -236,4 +238,7 @@ def test_sdxl(sdxl_folder, v_pred, tmp_path):
     layers = {"num_hidden_layers": TEXT_LAYERS}
     inputs = {"x_t": batch.inputs[0], "t": batch.inputs[1], "latents": latents}
     told = {"clip_l_model_config": layers, "clip_g_model_config": layers}
-    assert_same(answers(tmp_path, inputs, caption=CAPTION, text_encoders=told), expected)
+    found = answers(tmp_path, inputs, caption=CAPTION, text_encoders=told)
+    (tmp_path / "model.safetensors").unlink()  # as large
+    assert_same(found, expected)
+    assert {key[:9] for key in load_file(tmp_path / "lora.safetensors")} == {"lora_unet", "lora_te1_", "lora_te2_"}
