@@ -447,6 +447,11 @@ class Family(ABC):
     def lora_keys(self, module_name: str) -> str:
         """The name that ComfyUI reads for module ``module_name`` of the denoiser, without suffix."""
 
+    def comfyui_rows(self, module_name: str, scale: torch.Tensor) -> torch.Tensor:
+        """A DoRA's ``dora_scale`` of a module, rows first, in the order in which ComfyUI's weight has the rows; its own
+        inverse. ComfyUI reorders what a LoRA adds to such a weight, but not this."""
+        return scale
+
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A denoiser's parameters, by name, as the single file that ComfyUI loads has them."""
         return dict(tensors)

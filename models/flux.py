@@ -366,6 +366,9 @@ class Flux(Family):
     def lora_keys(self, module_name: str) -> str:
         return f"transformer.{module_name}"
 
+    def comfyui_rows(self, module_name: str, scale: torch.Tensor) -> torch.Tensor:
+        return swap_halves(scale) if bfl_source(f"{module_name}.weight")[1] == "swapped" else scale
+
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return to_bfl(tensors)
 

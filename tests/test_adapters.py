@@ -9,7 +9,7 @@ from diffusion_trainer.models import families
 from diffusion_trainer.utils.adapted import Adapted, adapted_layers, frozen_weight, shapes_of
 from diffusion_trainer.utils.adapter_files import fuse, layers_by_name, native_layers
 from diffusion_trainer.utils.adapter_layers import Lokr, Lora, Shape
-from diffusion_trainer.utils.adapters import inject, target_names
+from diffusion_trainer.utils.adapters import export_tensors, inject, target_names
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.run_folder import RunFolder
 from diffusion_trainer.utils.settings import family_of, parse_train_settings
@@ -88,6 +88,25 @@ def test_file_starts_where_training_ended(bench: Bench, kind: str) -> None:
     )
     for key, value in first.lora().items():
         torch.testing.assert_close(second.lora()[key], value, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_dora_whose_rows_comfyui_has_in_another_order_is_read_back(bench: Bench, tmp_path: Path) -> None:
+    """Flux's last modulation: ComfyUI takes its ``dora_scale`` in its own order, and the matrices in diffusers'."""
+    dora = {**KINDS["dora"], "target_modules": ["norm_out.linear", "context_embedder"]}
+    family, denoiser, settings = built(bench, adapter=dora)
+    inject(denoiser, family, settings, 0)
+    for layer in adapted_layers(denoiser).values():
+        for parameter in (*layer.adapter.parameters(), layer.magnitude):
+            parameter += torch.rand_like(parameter)
+    save_file(export_tensors(adapted_layers(denoiser), family, torch.float32), tmp_path / "dora.safetensors")
+    _, again, settings = built(bench, adapter={**dora, "init_from_existing": str(tmp_path)})
+    _, fused, _ = built(bench)
+    started = merged(inject(again, family, settings, 0))
+    fuse(fused, family, [(tmp_path, 1.0)], "adapter.fuse_adapters")
+    for name, weight in merged(denoiser).items():
+        torch.testing.assert_close(started[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(frozen_weight(fused.get_submodule(name)), weight, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_and_scales_are_those_that_comfyui_reads(bench: Bench) -> None:

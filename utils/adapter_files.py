@@ -129,6 +129,8 @@ def read_additions(path: Path, option: str, family: Family, denoiser: nn.Module)
             unknown += [] if stem.startswith(TEXT_ENCODERS) else [stem]
             continue
         for name, rows in layers[stem]:
+            if rows is None and "dora_scale" in parts:
+                parts["dora_scale"] = family.comfyui_rows(name, parts["dora_scale"])
             found[name] = _checked(Addition(parts, rows), name, shapes[name], len(layers[stem]) > 1, files[0], option)
     if unknown or not found:
         said = f"'{unknown[0]}' is none of its layers" if unknown else "no key names one of its layers"

@@ -153,6 +153,7 @@ def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.d
     for name, layer in sorted(layers.items()):
         for part, value in layer.tensors().items():
             kept = part in ("alpha", "dora_scale")
+            value = family.comfyui_rows(name, value) if part == "dora_scale" else value
             key = f"{family.lora_keys(name)}.{spelled.get(part, part)}"
             tensors[key] = value.detach().to("cpu", torch.float32 if kept else dtype).contiguous().clone()
     return tensors

@@ -1,0 +1,239 @@
+"""Exports in a real ComfyUI: models, and adapters of every kind on every layer, give there what they give here.
+
+The files are read by ComfyUI's loaders, which know a model by its shapes. Small ones are known but for two things:
+SDXL must have 320 channels, 2048 features of text and its ten transformer blocks, though not its wider levels (the
+depth of its text encoders is told); and ComfyUI 0.3.64, not 0.33, must be told Flux's widths.
+"""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusion_trainer.models.base import Example, Family
+from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.sdxl import SDXL
+from diffusion_trainer.models.wan import Wan
+from diffusion_trainer.utils.adapted import Adapted, adapted_layers
+from diffusion_trainer.utils.adapters import export_tensors, inject
+from diffusion_trainer.utils.config import validate
+from diffusion_trainer.utils.settings import Loha, Lokr, Lora
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(
+        not {"COMFYUI_DIR", "COMFYUI_PYTHON"} <= os.environ.keys(), reason="set COMFYUI_DIR and COMFYUI_PYTHON"
+    ),
+]
+ADAPTERS = {
+    "lora": Lora(rank=4, alpha=6.0, target_modules=["."]),
+    "dora": Lora(rank=4, alpha=6.0, target_modules=["."], use_dora=True),
+    "loha": Loha(rank=4, alpha=6.0, target_modules=["."]),
+    "lokr": Lokr(rank=4, alpha=6.0, target_modules=["."]),
+}
+"""On all that may have one."""
+COMPLAINTS = r"not loaded|missing|unexpected|left ?over|mismatch|no match|error"
+"""What ComfyUI logs of tensors that it does not know or lacks."""
+
+
+def run(family: Family, denoiser: Any, values: Any) -> Any:
+    with torch.no_grad():
+        for layer in family.layers(denoiser):
+            values = layer.forward(SimpleNamespace(**layer.submodules), *values)
+    return values
+
+
+def with_adapters(family: Family, denoiser: Any, folder: Path, predict: Callable[[], Any]) -> dict[str, Any]:
+    """What ``predict`` gives with the bare denoiser and with each adapter, whose file is written into ``folder``."""
+    expected = {"plain": predict()}
+    for kind, settings in ADAPTERS.items():
+        inject(denoiser, family, settings, seed=3)
+        layers = adapted_layers(denoiser)
+        for layer in layers.values():
+            randomize(layer)
+        save_file(export_tensors(layers, family, torch.float32), folder / f"{kind}.safetensors")
+        expected[kind] = predict()
+        for name, layer in layers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(denoiser.get_submodule(owner), leaf, layer.base_layer)
+    return expected
+
+
+@torch.no_grad()
+def randomize(layer: Adapted) -> None:
+    """Makes the adapter's update half as large as the weight."""
+    parameters = list(layer.adapter.parameters())
+    for parameter in parameters:
+        parameter.normal_()
+    parameters[0] *= 0.5 * layer.weight.norm() / layer.adapter.delta().norm()
+    if layer.magnitude is not None:
+        layer.magnitude *= 1 + 0.2 * torch.randn_like(layer.magnitude)
+
+
+def answers(folder: Path, inputs: dict[str, torch.Tensor], **task: Any) -> dict[str, torch.Tensor]:
+    """What ComfyUI makes of the files in ``folder``, which it must know to the last tensor."""
+    save_file({name: value.contiguous() for name, value in inputs.items()}, folder / "inputs.safetensors")
+    (folder / "task.json").write_text(json.dumps({"adapters": list(ADAPTERS), **task}))
+    done = subprocess.run(
+        [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests/comfy_predict.py"), str(folder)],
+        cwd=os.environ["COMFYUI_DIR"], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    complaints = [line for line in done.stderr.splitlines() if re.search(COMPLAINTS, line, re.IGNORECASE)]
+    assert not complaints, "\n".join(complaints[:20])
+    return load_file(folder / "answers.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Alike within rounding, and each adapter makes a difference."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        size = value.pow(2).mean().sqrt().item()
+        torch.testing.assert_close(
+            found[name], value, atol=1e-4 * size, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
+        )
+        kind, dot, part = name.partition(".")
+        if kind in ADAPTERS:
+            bare = expected[f"plain{dot}{part}"]
+            assert (value - bare).norm() > 0.1 * bare.norm(), name
+
+
+# -- Wan --------------------------------------------------------------------------------------------------
+
+WANS = {
+    "t2v": {"in_channels": 16},
+    "i2v": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128},
+    "flf2v": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128, "pos_embed_seq_len": 514},
+    "i2v_a14b": {"in_channels": 36},
+    "ti2v_5b": {"in_channels": 48, "out_channels": 48},
+}
+"""One head, two blocks, and what ComfyUI takes for granted: 4096 features of text, 256 of time, 1280 of CLIP."""
+
+
+@pytest.mark.parametrize("variant", WANS)
+def test_wan(variant, tmp_path):
+    torch.manual_seed(0)
+    denoiser = WanTransformer3DModel(num_attention_heads=1, ffn_dim=256, num_layers=2, text_dim=4096, **WANS[variant])
+    family = Wan(validate(Wan.Config, {"type": "wan", "dtype": "float32"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, WANS[variant]["in_channels"], 3, 6, 8), "timestep": torch.tensor([612.5])}
+    inputs["context"] = torch.randn(1, 512, 4096)
+    if "image_dim" in WANS[variant]:
+        inputs["clip_fea"] = torch.randn(1, WANS[variant].get("pos_embed_seq_len", 257), 1280)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    assert_same(answers(tmp_path, inputs, widths={}), expected)
+
+
+# -- Flux -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["dev", "schnell", "kontext"])
+def test_flux(variant, tmp_path):
+    torch.manual_seed(0)
+    denoiser = FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
+        joint_attention_dim=64, pooled_projection_dim=32, guidance_embeds=variant != "schnell")  # fmt: skip
+    family = Flux(validate(Flux.Config, {"type": "flux", "dtype": "float32"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timestep": torch.tensor([0.6125]), "y": torch.randn(1, 32)}
+    inputs |= {"context": torch.randn(1, 20, 64), "guidance": torch.tensor([3.5])}
+    if variant == "kontext":
+        inputs["ref_latents"] = torch.randn(1, 16, 6, 8)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    found = answers(tmp_path, inputs, widths={"hidden_size": 256, "num_heads": 2, "context_in_dim": 64})
+    assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- SDXL -------------------------------------------------------------------------------------------------
+
+CAPTION = "a photo of a red cat and a dog " * 12
+"""Of two pieces, in words of one token."""
+TEXT_LAYERS = 3
+
+
+def write_sdxl(folder: Path) -> None:
+    """The parts, in diffusers layout, that ComfyUI knows for SDXL's."""
+    torch.manual_seed(0)
+    text = {"num_hidden_layers": TEXT_LAYERS, "vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2,
+            "pad_token_id": 1}  # fmt: skip
+    first = CLIPTextConfig(
+        **text, hidden_size=768, intermediate_size=3072, num_attention_heads=12, hidden_act="quick_gelu")  # fmt: skip
+    second = CLIPTextConfig(
+        **text, hidden_size=1280, intermediate_size=5120, num_attention_heads=20, hidden_act="gelu",
+        projection_dim=1280)  # fmt: skip
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel(
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 320, 320), layers_per_block=2, transformer_layers_per_block=(1, 2, 10),
+            reverse_transformer_layers_per_block=(1, 1, 1), attention_head_dim=(5, 5, 5), cross_attention_dim=2048,
+            use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2),
+        "text_encoder": CLIPTextModel(first),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+    }  # fmt: skip
+    for name, part in parts.items():
+        part.to(torch.bfloat16).save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdxl")
+    write_sdxl(folder)
+    return folder
+
+
+def sdxl_predictions(family: SDXL, denoiser: Any, batch: Any) -> dict[str, torch.Tensor]:
+    """The clean latents that the prediction stands for, by diffusers' schedule, and the text on its way."""
+    values = batch.inputs
+    with torch.no_grad():
+        for layer in family.layers(denoiser):
+            if layer.name == "unet.embed":
+                first, second, pooled = (value.float() for value in values[4:])
+            values = layer.forward(SimpleNamespace(**layer.submodules), *values)
+    x_t, alpha = batch.inputs[0], family.noise_scheduler.alphas_cumprod[batch.inputs[1]]
+    clean = alpha.sqrt() * x_t - (1 - alpha).sqrt() * values
+    if not family.predicts_v:
+        clean = (x_t - (1 - alpha).sqrt() * values) / alpha.sqrt()
+    return {"": clean, ".text": torch.cat([first, second], dim=-1).flatten(0, 1)[None], ".pooled": pooled}
+
+
+@pytest.mark.parametrize("v_pred", [False, True])
+def test_sdxl(sdxl_folder, v_pred, tmp_path):
+    tokenizer = f"{os.environ['COMFYUI_DIR']}/comfy/sd1_tokenizer"
+    family = SDXL(validate(SDXL.Config, {"type": "sdxl", "dtype": "float32", "v_pred": v_pred,
+                                         "diffusers_path": str(sdxl_folder), "tokenizer_path": tokenizer}))  # fmt: skip
+    denoiser: Any = family.load_denoiser(CPU)
+    weights = dict(denoiser.named_parameters())
+    tensors = {**family.other_tensors(weights), **family.comfyui_tensors(weights)}
+    save_file({name: value.detach().bfloat16().contiguous() for name, value in tensors.items()},
+              tmp_path / "model.safetensors")  # fmt: skip
+    torch.manual_seed(1)
+    latents, noise = torch.randn(2, 1, 4, 8, 12)
+    text: dict[str, Any] = {}
+    for name in family.text_encoders:
+        text |= family.encode_text(name, family.load_text_encoder(name, CPU), [CAPTION])
+    text = {name: value[0] for name, value in text.items()}
+    batch = family.collate([Example({"latents": latents[0]}, text, noise[0], quantile=0.6)])
+    predicted = with_adapters(family, denoiser, tmp_path, lambda: sdxl_predictions(family, denoiser, batch))
+    expected = {name + part: value for name, parts in predicted.items() for part, value in parts.items()}
+    with torch.no_grad():
+        expected["vae"] = family.load_vae(CPU).decode(latents).sample
+    layers = {"num_hidden_layers": TEXT_LAYERS}
+    inputs = {"x_t": batch.inputs[0], "t": batch.inputs[1], "latents": latents}
+    told = {"clip_l_model_config": layers, "clip_g_model_config": layers}
+    assert_same(answers(tmp_path, inputs, caption=CAPTION, text_encoders=told), expected)
