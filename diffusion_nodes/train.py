@@ -235,9 +235,11 @@ def _check_machine(num_gpus: int, chosen: list[int]) -> None:
 async def _watch(run: launch.Run, node_id: str | None, *, until_it_runs: bool) -> launch.Outcome | None:
     """Shows how the run goes until it ends, or until it is past its start; None in the latter case."""
     shown, drawn = None, list[str]()
-    while (outcome := await asyncio.to_thread(run.poll)) is None:
-        comfy.check_interrupted()
-        status = run.status()
+    while True:
+        outcome = await asyncio.to_thread(run.poll)
+        if outcome is None:
+            comfy.check_interrupted()
+        status = run.status()  # after the end, too: its last step and samples are to be seen
         if (text := describe(status)) != shown:
             done, total = _progress(status)
             if total:
@@ -246,14 +248,13 @@ async def _watch(run: launch.Run, node_id: str | None, *, until_it_runs: bool) -
                 drawn = status.samples
             comfy.progress_text(text, node_id)
             shown = text
-        if until_it_runs and status.state in ("caching", "training"):
-            return None
+        if outcome is not None or (until_it_runs and status.state in ("caching", "training")):
+            return outcome
         await asyncio.sleep(POLL_SECONDS)
-    return outcome
 
 
 def _progress(status: Status) -> tuple[int, int]:
-    if status.state == "training":
+    if status.state == "training" or status.state in ENDED:
         return status.step, status.total_steps
     return status.phase_done, status.phase_total
 

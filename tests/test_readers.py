@@ -67,7 +67,8 @@ def test_leaving_does_not_wait_for_what_is_being_read():
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 sys.path.insert(0, {tests!r})
 import conftest, os
 from diffusion_trainer.utils.readers import Readers

@@ -108,7 +108,7 @@ class Plan:
         """The plan in words; ``gpu_bytes`` is the memory of the smallest GPU, if it is known."""
         width, height, frames = self.size
         text = [
-            f"{self.num_gpus} GPUs: {len(self.stages)} stages, {self.data_parallel} data-parallel",
+            f"GPUs: {self.num_gpus} (pipeline stages: {len(self.stages)}, data-parallel: {self.data_parallel})",
             f"a step: {self.micro_batch} x {self.num_micro_batches} micro-batches x {self.data_parallel} = "
             f"{self.effective_batch} samples",
             f"largest batch: {self.micro_batch} of {width}x{height}" + (f", {frames} frames" if frames > 1 else ""),
