@@ -30,13 +30,13 @@ def test_pictures_and_clips_side_by_side(tmp_path: Path) -> None:
 
 
 class Watched:
-    """A run whose status is another at each look."""
+    """A run whose status is another at each look and that ends with the last."""
 
     def __init__(self, *statuses: Status) -> None:
         self._left = list(statuses)
 
     def poll(self) -> str | None:
-        return None if self._left else "finished"
+        return "finished" if len(self._left) == 1 else None
 
     def status(self) -> Status:
         return self._left.pop(0)
