@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "planned")
+_NO_FAMILIES = ("__init__", "base", "flow", "planned")
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 
 
