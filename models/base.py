@@ -21,7 +21,7 @@ from pydantic import model_validator
 
 from ..utils.config import Dtype, Table, option
 from ..utils.imports import lazy
-from ..utils.weights import fill
+from ..utils.weights import fill, held_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -367,6 +367,10 @@ class Family(ABC):
         denoiser = denoiser or self.build_denoiser()
         fill(denoiser, read or self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
         return denoiser
+
+    def denoiser_bytes(self, denoiser: nn.Module, only: Container[nn.Parameter] | None = None) -> int:
+        """What `load_denoiser` takes on the device, called with the same."""
+        return held_bytes(denoiser, self.dtype, self.float32, self.storage, only)
 
     @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[Layer]:

@@ -108,7 +108,9 @@ def test_scaled_float8_files_keep_their_bits(tmp_path, scales: int) -> None:
 @pytest.mark.parametrize("name", [*DTYPES, "bfloat16"])
 def test_model_is_stored_as_asked(bench: Bench, name: str) -> None:
     family = family_of(parse_train_settings(bench.settings(model={"transformer_dtype": name})))
+    expected = family.denoiser_bytes(family.build_denoiser())
     denoiser = family.load_denoiser(CPU)
+    assert sum(p.nbytes for p in denoiser.parameters()) == expected
     blocks = [p for n, p in denoiser.named_parameters() if "blocks." in n and n.endswith("weight") and p.ndim == 2]
     assert {p.dtype for p in blocks} == {Storage.named(name).dtype}
     outside = [p for n, p in denoiser.named_parameters() if "blocks." not in n or p.ndim == 1]
