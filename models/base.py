@@ -213,6 +213,9 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Linear layers that are given the same tensor one after the other, by the ends of their names; with a LoRA they
+    are computed together."""
     model_folder: ClassVar[str] = "diffusion_models"
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
