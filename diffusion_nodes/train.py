@@ -184,10 +184,14 @@ def _run_to_resume(output_dir: Path, asked: str) -> RunFolder:
 
 
 def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked: str, share_gpu: bool) -> launch.Run:
+    from ..utils.samples import check_images  # loads torch
+
     settings = parse_train_settings(train)
     environment, num_gpus = settings.environment, settings.number_of_gpus
     _check_machine(num_gpus, environment.visible_gpus or [])
-    family_of(settings).check_files()
+    family = family_of(settings)
+    family.check_files()
+    check_images(settings.sample, family)
     output_dir = Path(train["output_dir"])
     try:
         folder = _run_to_resume(output_dir, asked) if asked else RunFolder.create(output_dir)

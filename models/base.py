@@ -258,6 +258,11 @@ class Family(ABC):
             SettingsError: Names the option, the path and what was expected.
         """
 
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Previews may begin with a picture; asked after `check_files`."""
+        return self.max_controls > 0 or not self.takes_pictures
+
     @abstractmethod
     def identity(self, part: str) -> str:
         """A text that changes when the values of a part may change: "vae" or a text encoder's name.
