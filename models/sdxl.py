@@ -31,22 +31,7 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
 from . import autoencoder, unet
-from .base import (
-    Batch,
-    Encodings,
-    Example,
-    Family,
-    Layer,
-    ModelConfig,
-    SampleRequest,
-    Shapes,
-    StorageDtype,
-    fingerprint,
-    in_comfyui,
-    read_json,
-    require_path,
-    write_json,
-)
+from .base import Batch, Encodings, Example, Family, Layer, ModelConfig, SampleRequest, Shapes, StorageDtype
 from .clip import (
     CLIP_LENGTH,
     HUB_TOKENIZERS,
@@ -60,6 +45,7 @@ from .clip import (
     to_open_clip,
     write_clip_tokenizer,
 )
+from .files import fingerprint, in_comfyui, read_json, require_path, write_json
 
 if TYPE_CHECKING:
     import diffusers

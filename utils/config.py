@@ -62,7 +62,9 @@ def option(
     advanced: bool = False,
     multiline: bool = False,
     lines: bool = False,
+    spaces: bool = False,
     picker: str | None = None,
+    ui_min: float | None = None,
     ui_max: float | None = None,
     ui_off: float | None = None,
     also: tuple[str, ...] = (),
@@ -76,14 +78,17 @@ def option(
         advanced: Most people never touch it.
         multiline: A text box instead of a line.
         lines: The same for a list of texts, one on each line.
+        spaces: Spaces at its ends mean something.
         picker: The ComfyUI model folder whose files are offered for this path.
+        ui_min: Smallest value that the widget offers when the setting itself has no lower bound.
         ui_max: Largest value that the widget offers when the setting itself has no upper bound.
         ui_off: The widget's value that leaves the setting out, where 0 means something else.
         also: Names that files of other versions have for it.
         constraints: pydantic's own (``ge``, ``gt``, ``le``, ``alias`` ...).
     """
-    widget = {"step": step, "advanced": advanced, "multiline": multiline or lines, "lines": lines, "picker": picker,
-              "ui_max": ui_max, "ui_off": ui_off}  # fmt: skip
+    widget = {"step": step, "advanced": advanced, "multiline": multiline or lines, "lines": lines, "spaces": spaces,
+              "picker": picker,
+              "ui_min": ui_min, "ui_max": ui_max, "ui_off": ui_off}  # fmt: skip
     extra: Any = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}, "also": also}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 

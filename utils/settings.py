@@ -319,12 +319,18 @@ class TrainSettings(Table):
     )
     micro_batch_size_per_gpu: int | list[list[int]] = option(
         1,
-        "Pictures that one GPU works on at once. In a file also [[512, 4], [1024, 1]], by resolution.",
+        "Pictures that one GPU works on at once; or by resolution, such as [[512, 4], [1024, 1]].",
         step=1,
+        ui_min=1,
         ui_max=1024,
     )
     image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
-        None, "The same for pictures among videos. Left out: as for videos.", step=1, ui_max=1024, advanced=True
+        None,
+        "The same for pictures among videos. Left out: as for videos.",
+        step=1,
+        ui_min=1,
+        ui_max=1024,
+        advanced=True,
     )
     gradient_accumulation_steps: int = option(
         1,
@@ -440,8 +446,11 @@ class TrainSettings(Table):
     activation_checkpointing: ActivationCheckpointing = option(
         True,
         "Recompute each block in the backward pass instead of keeping activations: much less memory, a third more "
-        "time. In a file also a number (2: every second block), 'selective' (keep results of matrix products and "
-        "attention, recompute the rest) or 'unsloth' (recompute, and keep the blocks' inputs in main memory).",
+        "time. Also a number (2: every second block), 'selective' (keep results of matrix products and attention, "
+        "recompute the rest) or 'unsloth' (recompute, and keep the blocks' inputs in main memory).",
+        step=1,
+        ui_min=1,
+        ui_max=200,
     )
     reentrant_activation_checkpointing: bool = option(
         False,
@@ -578,12 +587,13 @@ class TrainSettings(Table):
     )
     eval_before_first_step: bool = option(True, "Measure it also before training begins.")
     eval_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
-        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", step=1, ui_max=1024
+        None, "Pictures of one evaluation batch on each GPU. Left out: as in training.", step=1, ui_min=1, ui_max=1024
     )
     eval_image_micro_batch_size_per_gpu: int | list[list[int]] | None = option(
         None,
         "The same for pictures among videos. Left out: as for videos.",
         step=1,
+        ui_min=1,
         ui_max=1024,
         advanced=True,
         also=("image_eval_micro_batch_size_per_gpu",),
@@ -795,13 +805,13 @@ class FolderOptions(Table):
         advanced=True,
     )
     frame_buckets: list[int] = option([1], "Lengths that videos are cut to, in frames; 1 is for pictures.")
-    num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=1, ui_max=10000)
+    num_repeats: float = option(1, "How often each picture is trained in one epoch.", gt=0, step=0.1, ui_max=10000)
     recursive: bool = option(False, "Also look in the folders inside the folder.")
     horizontal_flip: bool = option(
         False, "Train each picture mirrored as often as not. Unfit for text and for what is not symmetric."
     )
 
-    caption_prefix: str = option("", "Put before every caption.")
+    caption_prefix: str = option("", "Put before every caption.", spaces=True)
     trigger_word: str = option("", "Put before every caption that does not hold it yet; never shuffled or dropped.")
     skip_empty_caption: bool = option(
         False, "Leave out pictures without a caption instead of training them with an empty one."
@@ -816,7 +826,9 @@ class FolderOptions(Table):
         step=1,
         advanced=True,
     )
-    cache_shuffle_delimiter: str = option(", ", "What stands between the tags of a caption.", advanced=True)
+    cache_shuffle_delimiter: str = option(
+        ", ", "What stands between the tags of a caption.", spaces=True, advanced=True
+    )
     keep_tokens: int = option(
         0, "Tags at the start of a caption that are neither shuffled nor dropped.", ge=0, step=1, ui_max=1000
     )
