@@ -210,6 +210,9 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Linear layers that are given the same tensor one after the other, by the ends of their names; with a LoRA they
+    are computed together."""
     model_folder: ClassVar[str] = "diffusion_models"
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
@@ -254,6 +257,11 @@ class Family(ABC):
         Raises:
             SettingsError: Names the option, the path and what was expected.
         """
+
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Previews may begin with a picture; asked after `check_files`."""
+        return self.max_controls > 0 or not self.takes_pictures
 
     @abstractmethod
     def identity(self, part: str) -> str:

@@ -96,14 +96,28 @@ def _opened(media: Media) -> Image.Image:
         raise SettingsError(f"sample.images: '{media.source.path}' cannot be read ({error})") from None
 
 
+def check_images(settings: Sampling, family: Family) -> None:
+    """Sees that the model draws from pictures if there are any; after `Family.check_files`.
+
+    Raises:
+        SettingsError: It does not, or it needs one and there is none.
+    """
+    if settings.images and not family.starts_from_pictures:
+        raise SettingsError(
+            f"sample.images: this {family.title} model draws from prompts alone and starts from no picture; leave "
+            "images out"
+        )
+    if settings.prompts and not settings.images and not family.takes_pictures:
+        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+
+
 def find_images(settings: Sampling, index: Index, family: Family) -> list[Media]:
     """The pictures of the settings.
 
     Raises:
-        SettingsError: One is missing or cannot be read, or the family draws from pictures and there is none.
+        SettingsError: One is missing or cannot be read, or they do not go together with the family.
     """
-    if settings.prompts and not settings.images and not family.takes_pictures:
-        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+    check_images(settings, family)
     found = []
     for path in settings.images:
         file = os.path.abspath(os.path.expanduser(path))
