@@ -28,6 +28,7 @@ from subjects import SUBJECTS, Size, Subject
 ROOT = Path(__file__).resolve().parent.parent
 NUMBERS = {"width": 1024, "height": 1024, "frames": 1, "batch": 1, "rank": 16, "steps": 20}
 """Options of the command, and their defaults."""
+MIN_STEPS = 8
 
 
 def load_package() -> None:
@@ -191,6 +192,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
     parser.add_argument("--one", action="store_true", help="run the one setting here and print JSON")
     arguments = parser.parse_args()
+    if arguments.steps < MIN_STEPS:
+        parser.error(f"--steps must be at least {MIN_STEPS}: the first three and the last two are not timed")
     if arguments.one:
         print(json.dumps(measure(arguments, arguments.settings[0])))
         return

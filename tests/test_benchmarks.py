@@ -18,7 +18,7 @@ def test_train_step_measures_a_small_model(family: str) -> None:
         str(ROOT / "benchmarks/train_step.py"),
         f"--family={family}",
         "--small",
-        "--steps=5",
+        "--steps=8",
         "--width=64",
         "--height=64",
     ]
