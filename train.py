@@ -110,11 +110,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.check_config:
             import tomli_w
 
+            _check_model(settings)
             as_toml = _module("utils.settings").as_toml
             print(tomli_w.dumps(as_toml(settings)))
             if dataset is not None:
                 print(f"# dataset\n{tomli_w.dumps(as_toml(dataset))}")
-            _warn_if_not_implemented(settings)
             return 0
         if arguments.prune_cache is not None:
             return prune_cache(settings, arguments.prune_cache)
@@ -147,12 +147,16 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
 
 
-def _warn_if_not_implemented(settings: TrainSettings) -> None:
-    """The settings of such a family can be right, but not be trained with."""
+def _check_model(settings: TrainSettings) -> None:
+    """Says what the model lacks here: another machine may have its files, another version the family."""
+    SettingsError = _module("utils.config").SettingsError
     try:
-        _module("models").family_named(settings.model.type)
-    except _module("utils.config").SettingsError as error:
-        print(f"the settings are right, but cannot be trained with: {error}", file=sys.stderr)
+        family = _module("utils.settings").family_of(settings)
+        family.check_files()
+    except SettingsError as error:
+        print(f"the settings are right, but cannot be trained with here: {error}", file=sys.stderr)
+        return
+    _module("utils.samples").check_images(settings.sample, family)
 
 
 def prune_cache(settings: TrainSettings, days: float) -> int:

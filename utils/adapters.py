@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.base import Family
-from .adapted import Adapted, shapes_of
+from .adapted import Adapted, Together, adapted_layers, shapes_of
 from .adapter_files import Addition, read_additions
 from .adapter_layers import Adapter, Loha, Lokr, Lora, Shape
 from .config import SettingsError
@@ -62,8 +62,17 @@ def inject(
             adapted.scale_rows(scale)
         owner, _, leaf = name.rpartition(".")
         setattr(denoiser.get_submodule(owner), leaf, adapted.train(base.training))
+    _join(denoiser, family)
     logger.info("%s of rank %d on %d layers", settings.title, settings.rank, len(names))
     return denoiser
+
+
+def _join(denoiser: nn.Module, family: Family) -> None:
+    layers = adapted_layers(denoiser)
+    for group in family.shared_inputs:
+        owners = {name.removesuffix(end) for end in group for name in layers if f".{name}".endswith(f".{end}")}
+        for owner in owners:
+            Together.join([layers[owner + end] for end in group if owner + end in layers])
 
 
 def _adapter(settings: AdapterTable, name: str, shape: Shape, seed: int, existing: Addition | None) -> Adapter:
