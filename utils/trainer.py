@@ -36,7 +36,7 @@ from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
 from .partitioning import layer_costs, partition
 from .pipeline import Chain, Engine, Link, build_engine
-from .plan import make_plan
+from .planning import make_plan
 from .position import Position
 from .preparation import Data, Preparation
 from .release import ReleasedTrained
@@ -175,7 +175,7 @@ class Trainer:
 
     def _planned(self) -> float:
         """Bytes that the plan expects on this GPU."""
-        plan = make_plan(self.settings, self.dataset, self.world.size, self.family)
+        plan = make_plan(self.settings, self.dataset, self.world.size, self.family, self._cache.samples)
         return plan.stages[self.world.stage(self.settings.pipeline_stages)].memory.total
 
     def _global_batch(self, bucket: Bucket) -> int:
@@ -246,7 +246,8 @@ class Trainer:
         """This stage of ``denoiser`` with its weights, how they are shared out, and which stage has which module."""
         s = self.settings
         layers = self.family.layers(denoiser)
-        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
+        by_cost = s.pipeline_stages > 1 and s.partition_method == "cost"
+        costs = self._costs(denoiser) if by_cost or s.blocks_to_swap else None
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
         stage = self.world.stage(s.pipeline_stages)
         sharding = None
@@ -256,7 +257,7 @@ class Trainer:
             sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
             links = self._share_out(sharding, denoiser, layers, rates)
         else:
-            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]], costs)
             self._adapt(denoiser, rates)
             links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
             if swap:
@@ -351,10 +352,12 @@ class Trainer:
         fuse(denoiser, self.family, fused, "adapter.fuse_adapters")
         inject(denoiser, self.family, s.adapter, s.seed, rates)
 
-    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+    def _load_weights(
+        self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer], costs: Sequence[int] | None
+    ) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
         device, read = self.world.device, self.family.denoiser_reader()
-        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap, costs)
         apart = {layer.name for layer in waiting}
         rest = _parameters(layer for layer in mine if layer.name not in apart)
         self.family.load_denoiser(device, denoiser, rest, read)

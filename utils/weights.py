@@ -229,6 +229,7 @@ def fill(
 
     Args:
         read: The value of a parameter, by its name in ``module``.
+        device: The meta device: dtypes and storage alone, nothing is read.
         float32: Parameters with one of these in their name are kept in float32.
         storage: How linear layers are stored; left out: in ``dtype``.
         only: Parameters to read; the others stay on the meta device. Left out: all.
@@ -244,7 +245,7 @@ def fill(
         if only is not None and parameter not in only:
             continue
         if parameter not in filled:
-            value = read(name)
+            value = parameter.detach() if device.type == "meta" else read(name)
             if value.shape != parameter.shape:
                 raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
             layer = module.get_submodule(name.rpartition(".")[0])
