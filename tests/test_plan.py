@@ -63,9 +63,9 @@ class Seen:
     def __init__(self) -> None:
         self.held = self.peak = 0.0
 
-    def watch(self, trainer: Trainer, engine: Any, trained: Any) -> None:
-        self.trainer, self.engine, self.trained = trainer, engine, trained
-        run = engine._micro_step
+    def watch(self, trainer: Trainer, data: Any, model: Any) -> None:
+        self.trainer, self.samples, self.engine, self.trained = trainer, data.train.samples, model.engine, model.trained
+        engine, run = model.engine, model.engine._micro_step
 
         def micro_step(inputs: Any, labels: Any) -> Any:
             given = sum(tensor.nbytes for tensor in (*inputs, *labels))
@@ -79,7 +79,7 @@ class Seen:
     @property
     def plan(self) -> Any:
         trainer = self.trainer
-        return make_plan(trainer.settings, trainer.dataset, 1, trainer.family, trainer._cache.samples)
+        return make_plan(trainer.settings, trainer.dataset, 1, trainer.family, self.samples)
 
     @property
     def weights(self) -> int:
@@ -111,10 +111,10 @@ class Seen:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found, build = Seen(), Trainer._build
 
-    def watched(self: Trainer) -> Any:
-        engine, trained, *others = build(self)
-        found.watch(self, engine, trained)
-        return engine, trained, *others
+    def watched(self: Trainer, data: Any) -> Any:
+        model = build(self, data)
+        found.watch(self, data, model)
+        return model
 
     monkeypatch.setattr(Trainer, "_build", watched)
     return found

@@ -25,11 +25,12 @@ from .config import SettingsError
 from .dataset import Sample, scan
 from .finetune import choose_weights
 from .footprint import Counter, Footprint
-from .index import Index, Stopped
+from .index import Index
 from .offload import swapped
 from .partitioning import layer_costs, partition
 from .plan import OVERHEAD, Memory, Plan, Size, Stage, verdict
 from .preparation import cache_folder
+from .progress import Stopped, Unit
 from .readers import Readers, usual_count
 from .sampler import Sampler
 from .samples import size_of
@@ -234,7 +235,7 @@ def find_samples(
     """
     until = time.monotonic() + patience
 
-    def progress(what: str, done: int, total: int) -> None:
+    def progress(phase: str, done: int, total: int, unit: Unit = "", /) -> None:
         if time.monotonic() > until:
             raise Stopped(f"{total - done} files that nobody has looked at yet would take too long; the training does")
 

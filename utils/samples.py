@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -102,14 +102,28 @@ def _opened(media: Media) -> Image.Image:
         raise SettingsError(f"sample.images: '{media.source.path}' cannot be read ({error})") from None
 
 
+def check_images(settings: Sampling, family: Family) -> None:
+    """Sees that the model draws from pictures if there are any; after `Family.check_files`.
+
+    Raises:
+        SettingsError: It does not, or it needs one and there is none.
+    """
+    if settings.images and not family.starts_from_pictures:
+        raise SettingsError(
+            f"sample.images: this {family.title} model draws from prompts alone and starts from no picture; leave "
+            "images out"
+        )
+    if settings.prompts and not settings.images and not family.takes_pictures:
+        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+
+
 def find_images(settings: Sampling, index: Index, family: Family) -> list[Media]:
     """The pictures of the settings.
 
     Raises:
-        SettingsError: One is missing or cannot be read, or the family draws from pictures and there is none.
+        SettingsError: One is missing or cannot be read, or they do not go together with the family.
     """
-    if settings.prompts and not settings.images and not family.takes_pictures:
-        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+    check_images(settings, family)
     found = []
     for path in settings.images:
         file = os.path.abspath(os.path.expanduser(path))
@@ -143,9 +157,14 @@ class Previews:
     def __bool__(self) -> bool:
         return bool(self._requests)
 
-    def draw(self) -> list[list[Image.Image]]:
-        """The frames of each request, in order, on rank 0; elsewhere nothing."""
-        started, drawn = time.monotonic(), dict[int, list[Image.Image]]()
+    def draw(self, tell: Callable[[int, int], None] = lambda *_: None) -> list[list[Image.Image]]:
+        """The frames of each request, in order, on rank 0; elsewhere nothing.
+
+        Args:
+            tell: Hears how many requests are done, and of how many.
+        """
+        started, drawn, total = time.monotonic(), dict[int, list[Image.Image]](), len(self._requests)
+        tell(0, total)
         with self._live.ready():
             pipeline = self._family.pipeline(self._live, self._world.device, text_encoders=False)
             pipeline.set_progress_bar_config(disable=True)
@@ -155,6 +174,7 @@ class Previews:
                 frames = self._draw_one(pipeline, self._requests[number % len(self._requests)])
                 if number < len(self._requests):
                     drawn[number] = frames
+                tell(min(total, (turn + 1) * self._num_replicas), total)
             del pipeline
         self._let_go()
         everything = {number: frames for part in self._world.gather(drawn) for number, frames in part.items()}
