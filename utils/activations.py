@@ -187,13 +187,14 @@ class _Stage:
         return sum(grad.nbytes for grad in grads)
 
 
-def measure_drawing(layers: Sequence[Layer], batch: Batch, vae: nn.Module, latents: Tensor) -> float:
+def measure_drawing(layers: Sequence[Layer], batch: Batch, vae: Any, latents: Tensor) -> float:
     """Bytes that a denoising step and the decoding of its result take at most, beside all weights."""
     with torch.no_grad(), fused_attention():
         with Meter() as step:
             tensors: Any = tuple(_empty(tensor) for tensor in batch.inputs)
             for layer in layers:
                 tensors = layer.forward(SimpleNamespace(**layer.submodules), *tensors)
+            del tensors
         with Meter() as decoding:
             vae.decode(_empty(latents))
     return float(max(step.peak, decoding.peak))

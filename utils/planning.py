@@ -210,7 +210,7 @@ def _num_blocks(layers: Sequence[Layer]) -> int:
 
 def _largest(settings: TrainSettings, dataset: DatasetSettings, samples: Sequence[Sample] | None) -> tuple[Size, int]:
     """Size of the batch that takes most, and its number of samples."""
-    sizes: list[Size] = [tuple(bucket) for bucket in {sample.bucket for sample in samples or ()}]
+    sizes: list[Size] = list({sample.bucket for sample in samples or ()})
     for directory in dataset.directory if not sizes else ():
         for entry in directory.resolutions:
             width, height = entry if isinstance(entry, list) and len(entry) == 2 else [_side(entry)] * 2
