@@ -325,6 +325,7 @@ class TrainSettings(Table):
 
     unused: ClassVar = {
         "output_name": "exports are named by their epoch or step, below the run folder",
+        "mixed_precision": "model.dtype says it",
         "deepspeed": "DeepSpeed's settings follow from these, such as micro_batch_size_per_gpu at the top level",
     }
 
