@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 SINGLE_BLOCKS = "single_transformer_blocks"
+_OF_THE_RUN = re.compile(
+    r"epochs|output_dir|dataset|\w+_per_gpu|\w+_every_n_\w+|gradient_accumulation_steps|pipeline_stages|blocks_to_swap|"
+    r"activation_checkpointing|save_dtype|resume_from_checkpoint"
+)
+"""Options of the top level that mean nothing in a table below it."""
 ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
 
 
@@ -464,6 +469,7 @@ class TrainSettings(Table):
         "How layers are shared out over stages: cost (equal time), parameters (equal weights), uniform (equal count), "
         "type:NAME (equal count of layers whose name matches), or manual.",
         advanced=True,
+        also=("partition",),
     )
     partition_split: list[int] | None = option(
         None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True
@@ -656,6 +662,22 @@ class TrainSettings(Table):
     monitoring: Monitoring = Monitoring()
     environment: Environment = Environment()
     sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _below_a_table(cls, values: Any) -> Any:
+        """Options that follow a table in the file belong to it in TOML, but not in what people mean."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for name in ("model", "adapter", "optimizer", "monitoring"):
+            table = values.get(name)
+            for key in list(table) if isinstance(table, Mapping) else []:
+                if key in cls.model_fields and key not in values and _OF_THE_RUN.fullmatch(key):
+                    logger.warning("%s.%s: taken as %s, which belongs above the first table", name, key, key)
+                    values[key] = values[name][key]
+                    values[name] = {other: value for other, value in values[name].items() if other != key}
+        return values
 
     @model_validator(mode="before")
     @classmethod
