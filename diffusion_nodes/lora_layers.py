@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn import grad as conv_grad
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..utils.adapter_layers import Adapter, Lora, Shape
 
@@ -102,7 +103,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
                 visit(child)
 
     visit(model.diffusion_model)  # type: ignore[arg-type]
-    return [block for block in found if shape_of(block) is None and next(block.parameters(), None) is not None]
+    return [block for block in found if shape_of(block) is None and next(block.children(), None) is not None]
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:
@@ -114,29 +115,38 @@ def _parts(block: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
+def _is_usual_linear(module: nn.Module) -> bool:
+    """Whether the layer's forward is that of torch or of ComfyUI, and nobody else's."""
+    forward: Any = type(module).forward
+    is_theirs = forward.__module__ in ("comfy.ops", "torch.nn.modules.linear") and isinstance(module, nn.Linear)
+    return is_theirs and not hasattr(module, "quant_format") and "forward" not in vars(module)
+
+
 # -- one layer -------------------------------------------------------------------------------------------------
 
 
 class _Frozen(torch.autograd.Function):
-    """A layer's own forward, and the gradient of its input from its weight; a LoRA of it in the same stroke."""
+    """A layer's own forward, and the gradient of its input from its weight; a LoRA of it in the same stroke.
+
+    Products with the rank are ordered so that it is their first dimension: with few columns CPUs take up to four
+    times as long for them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, down_RI: Tensor | None, up_OR: Tensor | None) -> Tensor:
-        output: Tensor = layer.base(x.detach())
-        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
-            output = torch.ops.aten._unsafe_view(output, output.shape)
+        output = layer.output(x.detach())
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         if down_RI is None or up_OR is None:
             return output
-        rows_MI, down = x.reshape(-1, x.shape[-1]), down_RI.to(x.dtype)
-        inner_MR = rows_MI @ down.t()
-        up = (up_OR * layer.scale).to(x.dtype)
+        down, up = layer.parts(x.dtype)
+        rows_MI = x.reshape(-1, x.shape[-1])
+        inner_RM = down @ rows_MI.t()
         added = output.view(-1, output.shape[-1])
         if output.dtype == x.dtype:
-            added.addmm_(inner_MR, up.t())
+            added.addmm_(inner_RM.t(), up.t(), alpha=layer.scale)
         else:
-            added.add_(inner_MR @ up.t())
-        ctx.save_for_backward(rows_MI, inner_MR, down_RI, up_OR)
+            added.add_(inner_RM.t() @ up.t(), alpha=layer.scale)
+        ctx.save_for_backward(rows_MI, inner_RM)
         return output
 
     @staticmethod
@@ -147,15 +157,19 @@ class _Frozen(torch.autograd.Function):
         saved = ctx.saved_tensors
         if not saved:
             return (layer.input_gradient(grad, ctx.size) if needs_x else None), None, None, None
-        rows_MI, inner_MR, down_RI, up_OR = saved
+        rows_MI, inner_RM = saved
+        down, up = layer.parts(ctx.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
-        grad_inner_MR = grad_MO @ (up_OR * layer.scale).to(grad.dtype)
+        grad_inner_RM = up.t() @ grad_MO.t()
+        if layer.scale != 1.0:
+            grad_inner_RM *= layer.scale
         grad_x = None
         if needs_x:
             grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
-            grad_x = grad_x.addmm_(grad_inner_MR, down_RI.to(grad.dtype)).reshape(ctx.size)
-        grad_up = (grad_MO.t() @ inner_MR).float().mul_(layer.scale)
-        return grad_x, None, (grad_inner_MR.t() @ rows_MI).float(), grad_up
+            grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size)
+        grad_up_RO = inner_RM @ grad_MO
+        grad_up = torch.mul(grad_up_RO.t(), layer.scale).to(torch.float32, memory_format=torch.contiguous_format)
+        return grad_x, None, (grad_inner_RM @ rows_MI).float(), grad_up
 
 
 class Layer:
@@ -167,6 +181,8 @@ class Layer:
         fused = isinstance(adapter, Lora) and not shape.kernel
         self.lora: Lora | None = adapter if fused else None  # type: ignore[assignment]
         self.scale = adapter.scale if adapter is not None else 1.0
+        self.usual = not shape.kernel and _is_usual_linear(module)
+        self._parts: tuple[Any, Tensor, Tensor] | None = None
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the module's ``forward``."""
@@ -176,6 +192,33 @@ class Layer:
             return _Frozen.apply(x, self, self.lora.down, self.lora.up)
         output = _Frozen.apply(x, self, None, None) if x.requires_grad else self.base(x)
         return output if self.adapter is None else output + self.adapter(x).to(output.dtype)
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the layer makes of ``x`` without an adapter, as a tensor of its own."""
+        module: Any = self.module
+        if self.usual and self._is_ready(module.weight, x) and (module.bias is None or self._is_ready(module.bias, x)):
+            return F.linear(x, module.weight, module.bias)
+        output: Tensor = self.base(x)
+        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        return output
+
+    def _is_ready(self, value: Tensor, x: Tensor) -> bool:
+        module: Any = self.module
+        plain = type(value) is nn.Parameter or type(value) is Tensor
+        functions = getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
+        return plain and value.dtype == x.dtype and value.device == x.device and not functions
+
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors of the LoRA in ``dtype``, cast once per step."""
+        assert self.lora is not None
+        down, up = self.lora.down, self.lora.up
+        if down.dtype == dtype:
+            return down.detach(), up.detach()
+        state = down._version, up._version, dtype
+        if self._parts is None or self._parts[0] != state:
+            self._parts = state, down.detach().to(dtype), up.detach().to(dtype)
+        return self._parts[1:]
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The layer's weight as it takes part in the computation, dequantised if need be."""
@@ -233,8 +276,8 @@ def attached(
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
                 put(module, "forward", partial(_on_copies, module.forward))
         if checkpointing:
-            for block in blocks(model):
-                put(block, "forward", partial(_recomputed, block.forward))
+            for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
+                put(block, "forward", partial(_Recomputed.run, block.forward))
         yield
 
 
@@ -275,10 +318,82 @@ def _outside_inference(value: Tensor | None) -> Tensor | None:
     return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
 
 
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(partial(_on_copies, forward), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+class _Recomputed:
+    """One call of a block that keeps its inputs and computes the rest again in backward.
+
+    As torch.utils.checkpoint, but with a third of its work for each tensor that a block keeps, which is what small
+    models spend their time on.
+    """
+
+    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.forward, self.kwargs = partial(_on_copies, forward), kwargs
+        self.others = [None if isinstance(value, Tensor) else value for value in args]
+        self.at = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
+        start = torch.empty(0, requires_grad=True)  # makes autograd keep the inputs, by its own rules
+        self.inputs: Any = _Held.apply(start, *(args[index] for index in self.at)).grad_fn
+        self.sizes: list[tuple[Any, torch.dtype]] = []
+        self.again: list[Tensor | None] | None = None
+
+    @classmethod
+    def run(cls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a block makes of its inputs."""
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        call = cls(forward, args, kwargs)
+        with saved_tensors_hooks(call._count, call._value):
+            return call.forward(*args, **kwargs)
+
+    def _count(self, value: Tensor) -> int:
+        self.sizes.append((value.shape, value.dtype))
+        return len(self.sizes) - 1
+
+    def _value(self, index: int) -> Tensor:
+        if self.again is None:
+            self._compute_again()
+        assert self.again is not None
+        value, self.again[index] = self.again[index], None
+        assert value is not None, "nothing is asked for twice"
+        return value
+
+    def _compute_again(self) -> None:
+        args = list(self.others)
+        for index, value in zip(self.at, self.inputs.saved_tensors, strict=True):
+            args[index] = value
+        self.again = []
+        with torch.enable_grad(), saved_tensors_hooks(self._keep, _never), suppress(_Enough):
+            self.forward(*args, **self.kwargs)
+        self.inputs = self.kwargs = self.others = None
+        if len(self.again) != len(self.sizes):
+            raise RuntimeError(_UNLIKE)
+
+    def _keep(self, value: Tensor) -> None:
+        assert self.again is not None
+        if (value.shape, value.dtype) != self.sizes[len(self.again)]:
+            raise RuntimeError(_UNLIKE)
+        self.again.append(value.detach())
+        if len(self.again) == len(self.sizes):
+            raise _Enough
+
+
+class _Held(torch.autograd.Function):
+    """Keeps tensors for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return start.detach()
+
+
+class _Enough(Exception):  # noqa: N818  # no error
+    """All that backward needs of a block is there; what the block computes after it is not needed again."""
+
+
+_UNLIKE = ("gradient_checkpointing: a block of this model computes something else when it is called again; "
+           "switch it off")  # fmt: skip
+
+
+def _never(_: None) -> Tensor:
+    raise AssertionError("nothing goes backward through what is computed again")
 
 
 def _on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
