@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..utils.adapter_layers import Adapter, Lora, Shape
 
@@ -167,8 +167,9 @@ class _Frozen(torch.autograd.Function):
         if needs_x:
             grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
             grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size)
-        grad_up_RO = inner_RM @ grad_MO
-        grad_up = torch.mul(grad_up_RO.t(), layer.scale).to(torch.float32, memory_format=torch.contiguous_format)
+        grad_up = (inner_RM @ grad_MO).t().to(torch.float32, memory_format=torch.contiguous_format)
+        if layer.scale != 1.0:
+            grad_up *= layer.scale
         return grad_x, None, (grad_inner_RM @ rows_MI).float(), grad_up
 
 
@@ -196,9 +197,10 @@ class Layer:
     def output(self, x: Tensor) -> Tensor:
         """What the layer makes of ``x`` without an adapter, as a tensor of its own."""
         module: Any = self.module
-        if self.usual and self._is_ready(module.weight, x) and (module.bias is None or self._is_ready(module.bias, x)):
-            return F.linear(x, module.weight, module.bias)
-        output: Tensor = self.base(x)
+        ready = (
+            self.usual and self._is_ready(module.weight, x) and (module.bias is None or self._is_ready(module.bias, x))
+        )
+        output: Tensor = F.linear(x, module.weight, module.bias) if ready else self.base(x)
         if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
@@ -384,7 +386,7 @@ class _Held(torch.autograd.Function):
         return start.detach()
 
 
-class _Enough(Exception):  # noqa: N818  # no error
+class _Enough(Exception):  # no error
     """All that backward needs of a block is there; what the block computes after it is not needed again."""
 
 
