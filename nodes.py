@@ -18,7 +18,7 @@ MODULES = {
     "dataset": (
         "GeneralDatasetConfig", "GeneralDatasetPathNode", "EditModelDatasetPathNode", "MultiImageEditDatasetPathNode",
         "MaskDatasetPathNode", "FrameBucketsNode", "ArBucketsNode", "AddDatasetFolderNode", "DatasetOptionsNode",
-        "EvalDatasetConfig"),
+        "EvalDatasetConfig", "EvalFromDatasetNode"),
     "dataset_preview": ("DatasetPreview",),
     "model": tuple(contracts()),
     "config": (
@@ -48,6 +48,7 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "AddDatasetFolderNode": "Add Dataset Folder",
     "DatasetOptionsNode": "More Dataset Options",
     "EvalDatasetConfig": "Evaluation Dataset Config",
+    "EvalFromDatasetNode": "Dataset For Evaluation",
     "DatasetPreview": "Dataset Preview",
     **{name: contract.title for name, contract in contracts().items()},
     "GeneralConfig": "General Training Config",

@@ -8,6 +8,7 @@ Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -75,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="say what the training will take, and stop")
     parser.add_argument("--gpus", type=int, help="with --plan: number of GPUs; else number_of_gpus")
     parser.add_argument("--gpu_memory", type=float, metavar="GIB", help="with --plan: of each; else of those here")
-    parser.add_argument("--master_port", type=int, help="port that the processes meet at")
+    add_machine_arguments(parser)
     parser.add_argument(
         "--prune_cache",
         nargs="?",
@@ -91,6 +92,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say on which machines the training runs."""
+    parser.add_argument("--hostfile", type=Path, help="train on all machines of DeepSpeed's list, 'name slots=GPUs'")
+    parser.add_argument("--num_nodes", type=int, help="with --hostfile: use so many machines, from the first on")
+    parser.add_argument("--num_gpus", type=int, help="with --hostfile: GPUs of each; else as the list says")
+    parser.add_argument("--master_addr", help="with --hostfile: where the processes meet; else at the first machine")
+    parser.add_argument("--master_port", type=int, help="port that the processes meet at")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 good, 1 failed, 2 wrong settings."""
     arguments = parse_arguments(argv)
@@ -101,11 +111,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.check_config:
             import tomli_w
 
+            _check_model(settings)
             as_toml = _module("utils.settings").as_toml
             print(tomli_w.dumps(as_toml(settings)))
             if dataset is not None:
                 print(f"# dataset\n{tomli_w.dumps(as_toml(dataset))}")
-            _warn_if_not_implemented(settings)
             return 0
         if arguments.prune_cache is not None:
             return prune_cache(settings, arguments.prune_cache)
@@ -113,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
             raise config.SettingsError("dataset: name the dataset's TOML, or put dataset.toml beside the train.toml")
         if arguments.plan:
             return plan(arguments, settings, dataset)
+        if arguments.hostfile:
+            return train_on_machines(arguments, sys.argv[1:] if argv is None else argv)
         return train(arguments, settings, dataset)
     except config.SettingsError as error:
         print(error, file=sys.stderr)
@@ -136,29 +148,54 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
 
 
-def _warn_if_not_implemented(settings: TrainSettings) -> None:
-    """The settings of such a family can be right, but not be trained with."""
+def _check_model(settings: TrainSettings) -> None:
+    """Says what the model lacks here: another machine may have its files, another version the family."""
+    SettingsError = _module("utils.config").SettingsError
     try:
-        _module("models").family_named(settings.model.type)
-    except _module("utils.config").SettingsError as error:
-        print(f"the settings are right, but cannot be trained with: {error}", file=sys.stderr)
+        family = _module("utils.settings").family_of(settings)
+        family.check_files()
+    except SettingsError as error:
+        print(f"the settings are right, but cannot be trained with here: {error}", file=sys.stderr)
+        return
+    _module("utils.samples").check_images(settings.sample, family)
 
 
 def prune_cache(settings: TrainSettings, days: float) -> int:
     """Removes from the cache folder of these settings what no dataset has used in ``days`` days."""
-    folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
+    folder = _module("utils.preparation").cache_folder(settings)
     count, size = _module("utils.store").prune(folder, days)
     print(f"{folder}: {count} files removed, {size / 2**20:.0f} MiB")
     return 0
 
 
 def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
-    """Prints what the training will take; reads the model's files' headers alone."""
-    module, memory = _module("utils.plan"), arguments.gpu_memory
-    gpu_bytes = module.smallest_gpu() if memory is None else memory * 2**30
-    made = module.make_plan(settings, dataset, arguments.gpus or settings.number_of_gpus)
-    print("\n".join(made.lines(gpu_bytes)))
+    """Prints what the training will take; reads of the model's files the headers alone, and encodes nothing."""
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print there is no part of the plan
+        memory, module = arguments.gpu_memory, _module("utils.planning")
+        gpu_bytes = _module("utils.plan").smallest_gpu() if memory is None else memory * 2**30
+        lines = module.plan_lines(settings, dataset, arguments.gpus or settings.number_of_gpus, gpu_bytes)
+    print("\n".join(lines))
     return 0
+
+
+def train_on_machines(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Starts the same command, without the list of machines, on each of them."""
+    machines, folders = _module("utils.machines"), {}
+    apart = argparse.ArgumentParser(add_help=False)
+    add_machine_arguments(apart)
+    if arguments.run_dir:
+        folders["run folder"] = str(arguments.run_dir.resolve())
+    _log_to_stderr(0)
+    try:
+        hosts = machines.read_hostfile(arguments.hostfile, arguments.num_nodes, arguments.num_gpus)
+        return int(machines.run(
+            hosts, Path(__file__).resolve(), apart.parse_known_args(argv)[1],
+            folders=folders, master_addr=arguments.master_addr, master_port=arguments.master_port))  # fmt: skip
+    except _module("utils.config").SettingsError as error:
+        if arguments.run_dir:  # whoever watches the run looks there
+            run_folder = _module("utils.run_folder")
+            run_folder.RunFolder(arguments.run_dir).write_status(run_folder.Status(state="failed", error=str(error)))
+        raise
 
 
 def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:

@@ -21,7 +21,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
 
-from subjects import SUBJECTS, Size
+from subjects import SUBJECTS, Size, Subject
 
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
@@ -39,24 +39,14 @@ def load_package() -> None:
     entry.load_package()
 
 
-def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
-    """A trainer whose model and data are random."""
+def random_cache(subject: Subject, size: Size) -> Any:
+    """Stands for `utils.cache.Cache`: 64 samples whose latents and embeddings are random."""
     import torch
     from diffusion_trainer.utils.buckets import Bucket
     from diffusion_trainer.utils.cache import Encoded
     from diffusion_trainer.utils.dataset import Sample
     from diffusion_trainer.utils.index import Media
     from diffusion_trainer.utils.media import Properties, Source
-    from diffusion_trainer.utils.preparation import Data
-    from diffusion_trainer.utils.run_folder import RunFolder
-    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
-    from diffusion_trainer.utils.trainer import Trainer, prepare_folder
-    from diffusion_trainer.utils.world import join_world
-
-    world = join_world()
-
-    size = Size(arguments.width, arguments.height, arguments.frames, arguments.small)
-    subject = SUBJECTS[arguments.family](size, world.device)
 
     class RandomCache:
         samples: ClassVar = [
@@ -76,17 +66,11 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
             tokens = {n: torch.randint(49408, shape, generator=generator) for n, shape in subject.tokens.items()}
             return Encoded(media, text | tokens)
 
-    class Benchmark(Trainer):
-        profiler: Any = None
+    return RandomCache()
 
-        def _build(self) -> Any:
-            engine, *others = super()._build()
-            if self.profiler:
-                self.profiler.start()
-                run = engine.train_batch
-                engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
-            return engine, *others
 
+def train_table(arguments: argparse.Namespace, subject: Subject, changes: dict[str, Any], folder: Path) -> Any:
+    """What a ``train.toml`` would hold."""
     values = {
         "output_dir": str(folder),
         "epochs": 1000,
@@ -100,13 +84,39 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     for key, value in changes.items():
         table, _, name = key.rpartition(".")
         (values[table] if table else values)[name] = value
-    settings = parse_train_settings(values)
+    return values
+
+
+def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
+    """A trainer whose model and data are random; with --profile it has a ``profiler``."""
+    import torch
+    from diffusion_trainer.utils.preparation import Data
+    from diffusion_trainer.utils.run_folder import RunFolder
+    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+    from diffusion_trainer.utils.trainer import Trainer, prepare_folder
+    from diffusion_trainer.utils.world import join_world
+
+    class Benchmark(Trainer):
+        profiler: Any = None
+
+        def _build(self, data: Data) -> Any:
+            model = super()._build(data)
+            if self.profiler:
+                self.profiler.start()
+                run = model.engine.train_batch
+                model.engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
+            return model
+
+    world = join_world()
+    size = Size(arguments.width, arguments.height, arguments.frames, arguments.small)
+    subject = SUBJECTS[arguments.family](size, world.device)
+    settings = parse_train_settings(train_table(arguments, subject, changes, folder))
     dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
     run = RunFolder.create(folder)
     prepare_folder(settings, dataset, run)
     trainer = Benchmark(settings, dataset, world, run)
     trainer.family = subject.family(settings.model)
-    trainer.preparation.run = lambda: Data(RandomCache(), {}, {}, [])
+    trainer.preparation.run = lambda: Data(random_cache(subject, size), {}, {}, [])
     if arguments.profile:
         trainer.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)

@@ -72,7 +72,13 @@ class OptimizerChoice(Table):
     type: str = option(
         "adamw",
         "The optimizer. adamw is a safe choice; the 8-bit ones save memory; Prodigy and automagic "
-        "find the learning rate themselves. A TOML file may name any class of pytorch_optimizer.",
+        "find the learning rate themselves. Further ones: other_type.",
+    )
+    other_type: str | None = option(
+        None,
+        "Another optimizer: any class of pytorch_optimizer, by name. Of the numbers here it gets lr alone; the rest "
+        "goes into arguments. Left out: optimizer_type.",
+        advanced=True,
     )
 
 
@@ -181,15 +187,18 @@ class OptimizerConfigNode(SettingsNode):
         "eps": widget(Optimizer, "eps", prefix="optimizer", default=1e-8, high=1.0),
         **widgets(Optimizer, "beta2_half_life", "offload", "gradient_release", prefix="optimizer"),
         "arguments": widget(OptimizerArguments, "arguments", prefix="optimizer"),
+        "other_type": widget(OptimizerChoice, "other_type", prefix="optimizer"),
     }
 
     def generate_optimizer_config(self, **values: Any) -> tuple[dict[str, Any]]:
         """The [optimizer] table."""
         settings = self.read(values)
-        kind = settings.pop("type")
+        chosen, other = settings.pop("type"), settings.pop("other_type", None)
+        takes = ("lr",) if other else OPTIMIZER_TAKES[chosen]
+        kind = other or chosen
         settings["betas"] = [settings.pop("beta1"), settings.pop("beta2")]
-        table = {"type": kind, **{key: settings[key] for key in OPTIMIZER_TAKES[kind] if key in settings}}
-        if "betas" in OPTIMIZER_TAKES[kind] and "beta2_half_life" in settings:
+        table = {"type": kind, **{key: settings[key] for key in takes if key in settings}}
+        if "betas" in takes and "beta2_half_life" in settings:
             table["beta2_half_life"] = settings["beta2_half_life"]
         table |= {key: True for key in ("offload", "gradient_release") if settings.get(key)}
         table |= {key: _value(text) for key, text in settings.get("arguments", {}).items()}
@@ -256,14 +265,19 @@ class GeneralConfig(SettingsNode):
             "gradient_clipping",
             "warmup_steps",
             "blocks_to_swap",
-            "activation_checkpointing",
-            "save_dtype",
         ),
+        "activation_checkpointing": widget(
+            TrainSettings,
+            "activation_checkpointing",
+            note="Here on or off; the rest is in More Training Settings.",
+        ),
+        "save_dtype": widget(TrainSettings, "save_dtype"),
         "partition_method": widget(
             TrainSettings,
             "partition_method",
-            choices=("parameters", "uniform"),
-            note="Here manual is set by partition_split in Advanced Training Config; type:NAME by a TOML file.",
+            choices=("cost", "parameters", "uniform"),
+            note="Here manual is set by partition_split in Advanced Training Config, type:NAME by partition_by in "
+            "More Training Settings.",
         ),
         "output_dir": widget(
             TrainSettings,
@@ -276,7 +290,8 @@ class GeneralConfig(SettingsNode):
     OPTIONAL: ClassVar[dict[str, Widget | Socket]] = {
         "adapter_config": Socket(
             "ADAPTER_CONFIG", "The adapter, from Adapter Config. Not connected: all weights are trained."),
-        "advanced_config": Socket("ADVANCED_TRAIN_CONFIG", "More settings, from Advanced Training Config."),
+        "advanced_config": Socket("ADVANCED_TRAIN_CONFIG", "More settings, from Advanced Training Config or "
+                                  "More Training Settings; they count instead of those here."),
         **widgets(TrainSettings, "eval_every_n_epochs", "eval_before_first_step", "eval_micro_batch_size_per_gpu",
                   "eval_gradient_accumulation_steps"),
         "save_every_n_epochs": widget(TrainSettings, "save_every_n_epochs", default=1),

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.config import SettingsError, Table, option
-from ..utils.settings import DatasetSettings, Directory, EvalDataset, parse_dataset_settings
+from ..utils.settings import DatasetSettings, Directory, EvalDataset, FolderOptions, parse_dataset_settings
 from . import comfy
 from .files import copy_path, write_copy
-from .schema import AUTO, SettingsNode, Socket, further, widget, widgets
+from .schema import AUTO, SettingsNode, Socket, Widget, further, widget, widgets
 
 logger = logging.getLogger(__name__)
 
 CATEGORY = "Diffusion-Pipe/dataset"
-AS_THE_DATASET = "Empty: as the dataset."
+AS_THE_DATASET = "as the dataset."
 
 
 class DatasetCopy(Table):
@@ -85,15 +85,23 @@ class EditModelDatasetPathNode(SettingsNode):
         "target_path": widget(Folders, "path", default=""),
         "control_path": widget(Directory, "control_path"),
     }
+    OPTIONAL: ClassVar = widgets(Directory, "mask_path", "default_mask_file")
 
-    def get_edit_dataset_paths(self, target_path: str, control_path: str = "") -> tuple[dict[str, Any]]:
+    def get_edit_dataset_paths(
+        self, target_path: str, control_path: str = "", mask_path: str = "", default_mask_file: str = ""
+    ) -> tuple[dict[str, Any]]:
         """The folders, as part of a [[directory]]."""
-        return (_folders(target_path=target_path, control_path=control_path),)
+        return (_folders(target_path=target_path, control_path=control_path, mask_path=mask_path,
+                         default_mask_file=default_mask_file),)  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, target_path: str | None = None, control_path: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls, target_path: str | None = None, control_path: str | None = None, mask_path: str | None = None,
+        default_mask_file: str | None = None,
+    ) -> bool | str:  # fmt: skip
         """Refuses missing folders before anything runs."""
-        return _checked(target_path=target_path, control_path=control_path)
+        return _checked(target_path=target_path, control_path=control_path, mask_path=mask_path,
+                        default_mask_file=default_mask_file)  # fmt: skip
 
 
 class MultiImageEditDatasetPathNode(SettingsNode):
@@ -108,15 +116,23 @@ class MultiImageEditDatasetPathNode(SettingsNode):
         "target_path": widget(Folders, "path", default=""),
         "control_paths": widget(Folders, "control_paths"),
     }
+    OPTIONAL: ClassVar = widgets(Directory, "mask_path", "default_mask_file")
 
-    def get_multi_edit_dataset_paths(self, target_path: str, control_paths: str = "") -> tuple[dict[str, Any]]:
+    def get_multi_edit_dataset_paths(
+        self, target_path: str, control_paths: str = "", mask_path: str = "", default_mask_file: str = ""
+    ) -> tuple[dict[str, Any]]:
         """The folders, as part of a [[directory]]."""
-        return (_folders(target_path=target_path, control_paths=control_paths),)
+        return (_folders(target_path=target_path, control_paths=control_paths, mask_path=mask_path,
+                         default_mask_file=default_mask_file),)  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, target_path: str | None = None, control_paths: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls, target_path: str | None = None, control_paths: str | None = None, mask_path: str | None = None,
+        default_mask_file: str | None = None,
+    ) -> bool | str:  # fmt: skip
         """Refuses missing folders before anything runs."""
-        return _checked(target_path=target_path, control_paths=control_paths)
+        return _checked(target_path=target_path, control_paths=control_paths, mask_path=mask_path,
+                        default_mask_file=default_mask_file)  # fmt: skip
 
 
 class MaskDatasetPathNode(SettingsNode):
@@ -131,15 +147,20 @@ class MaskDatasetPathNode(SettingsNode):
         "dataset_path": widget(Directory, "path", default=""),
         "mask_path": widget(Directory, "mask_path"),
     }
+    OPTIONAL: ClassVar = widgets(Directory, "default_mask_file")
 
-    def get_mask_dataset_paths(self, dataset_path: str, mask_path: str = "") -> tuple[dict[str, Any]]:
+    def get_mask_dataset_paths(
+        self, dataset_path: str, mask_path: str = "", default_mask_file: str = ""
+    ) -> tuple[dict[str, Any]]:
         """The folders, as part of a [[directory]]."""
-        return (_folders(dataset_path=dataset_path, mask_path=mask_path),)
+        return (_folders(dataset_path=dataset_path, mask_path=mask_path, default_mask_file=default_mask_file),)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, dataset_path: str | None = None, mask_path: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(
+        cls, dataset_path: str | None = None, mask_path: str | None = None, default_mask_file: str | None = None
+    ) -> bool | str:
         """Refuses missing folders before anything runs."""
-        return _checked(dataset_path=dataset_path, mask_path=mask_path)
+        return _checked(dataset_path=dataset_path, mask_path=mask_path, default_mask_file=default_mask_file)
 
 
 class FrameBucketsNode(SettingsNode):
@@ -273,9 +294,7 @@ class EvalDatasetConfig(_DatasetConfig):
     ) -> tuple[list[dict[str, Any]]]:  # fmt: skip
         """Entries of eval_datasets with the tables themselves."""
         tables = self.tables(input_path, frame_buckets, ar_buckets, values)
-        if any(entry["name"] == name for entry in others or []):
-            raise SettingsError(f"name: '{name}' is the name of another evaluation dataset; choose another")
-        return ([*(others or []), {"name": name, "config": tables}],)
+        return (_with_another(others, name, tables),)
 
     @classmethod
     def VALIDATE_INPUTS(cls, resolutions: str | None = None) -> bool | str:
@@ -292,14 +311,23 @@ class DatasetOptionsNode(SettingsNode):
     RETURN_NAMES = ("dataset_config",)
     OUTPUT_TOOLTIPS = ("The dataset with these options, for General Training Config and Start Training.",)
     REQUIRED: ClassVar = {"dataset_config": Socket("DATASET_CONFIG", "The dataset, from General Dataset Config.")}
-    OPTIONAL: ClassVar = widgets(DatasetSettings, *further(
-        DatasetSettings, GeneralDatasetConfig.REQUIRED, GeneralDatasetConfig.OPTIONAL,
-        without=("frame_buckets", "ar_buckets")))  # fmt: skip
+    OPTIONAL: ClassVar = {
+        **widgets(DatasetSettings, *further(
+            DatasetSettings, GeneralDatasetConfig.REQUIRED, GeneralDatasetConfig.OPTIONAL,
+            without=("num_repeats", "frame_buckets", "ar_buckets"))),
+        "first_folder_repeats": widget(
+            Directory, "num_repeats", default=0, off=0,
+            note="Of the first folder, also as a fraction. 0: as General Dataset Config says."),
+    }  # fmt: skip
 
     def options(self, dataset_config: Any, **values: Any) -> tuple[dict[str, Any]]:
         """The tables of a dataset.toml with what differs from the defaults added to the top level."""
-        tables = {**_tables(dataset_config), **{key: value for key, value in self.read(values).items()
-                                                if value != DatasetSettings.model_fields[key].default}}  # fmt: skip
+        before, read = _tables(dataset_config), self.read(values)
+        first, *others = before["directory"]
+        if "num_repeats" in read:
+            first = {**first, "num_repeats": read.pop("num_repeats")}
+        given = {key: value for key, value in read.items() if value != DatasetSettings.model_fields[key].default}
+        tables = {**before, **given, "directory": [first, *others]}
         parse_dataset_settings(tables)
         return (tables,)
 
@@ -307,6 +335,17 @@ class DatasetOptionsNode(SettingsNode):
     def VALIDATE_INPUTS(cls, size_buckets: str | None = None) -> bool | str:
         """Refuses sizes that are no list."""
         return cls.check(size_buckets=size_buckets)
+
+
+def _overriding(key: str) -> Widget:
+    """The input for a folder's own value of an option, with one value more that leaves the dataset's."""
+    plain = widget(Directory, key)
+    if plain.kind == "BOOLEAN":
+        return widget(Directory, key, choices=("true", "false"), default=AUTO, off=AUTO, note=f"auto: {AS_THE_DATASET}")
+    if plain.kind == "STRING":
+        return widget(Directory, key, default="", off="", note=f"Empty: {AS_THE_DATASET}")
+    off = 0 if plain.low else -1
+    return widget(Directory, key, default=off, off=off, note=f"{off}: {AS_THE_DATASET}")
 
 
 class AddDatasetFolderNode(SettingsNode):
@@ -323,18 +362,19 @@ class AddDatasetFolderNode(SettingsNode):
         ),
         "input_path": Socket("input_path", "The folder, from a dataset path node."),
         "num_repeats": widget(Directory, "num_repeats"),
-        "resolutions": widget(Directory, "resolutions", default="", off="", note=AS_THE_DATASET),
+        "resolutions": widget(Directory, "resolutions", default="", off="", note=f"Empty: {AS_THE_DATASET}"),
     }
     OPTIONAL: ClassVar = {
         "frame_buckets": Socket("frame_buckets", "Lengths of this folder's videos. Not connected: as the dataset."),
         "ar_buckets": Socket("ar_buckets", "Shapes of this folder's pictures. Not connected: as the dataset."),
-        **{key: widget(Directory, key, default="", off="", note=AS_THE_DATASET)
+        **{key: widget(Directory, key, default="", off="", note=f"Empty: {AS_THE_DATASET}")
            for key in ("caption_prefix", "trigger_word")},
-        **{key: widget(Directory, key, choices=("true", "false"), default=AUTO, off=AUTO, note="auto: as the dataset.")
-           for key in ("enable_ar_bucket", "skip_empty_caption", "shuffle_tags", "horizontal_flip", "recursive")},
-        **{key: widget(Directory, key, default=-1, off=-1, note="-1: as the dataset.")
-           for key in ("keep_tokens", "tag_dropout", "caption_dropout")},
+        **{key: _overriding(key) for key in (
+            "enable_ar_bucket", "skip_empty_caption", "shuffle_tags", "horizontal_flip", "recursive", "keep_tokens",
+            "tag_dropout", "caption_dropout")},
     }  # fmt: skip
+    OPTIONAL |= {key: _overriding(key) for key in further(
+        FolderOptions, REQUIRED, OPTIONAL, without=("frame_buckets", "ar_buckets"))}  # fmt: skip
 
     def add_folder(self, dataset_config: Any, input_path: Any, frame_buckets: list[int] | None = None,
                    ar_buckets: list[Any] | None = None, **values: Any) -> tuple[dict[str, Any]]:  # fmt: skip
@@ -351,9 +391,39 @@ class AddDatasetFolderNode(SettingsNode):
         return (tables,)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, resolutions: str | None = None) -> bool | str:
+    def VALIDATE_INPUTS(cls, resolutions: str | None = None, size_buckets: str | None = None) -> bool | str:
         """Refuses sizes that are no list."""
-        return cls.check(resolutions=resolutions)
+        return cls.check(resolutions=resolutions, size_buckets=size_buckets)
+
+
+class EvalFromDatasetNode(SettingsNode):
+    """Makes any dataset one that is not trained but measured, so that it may have folders and options of its own."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "as_evaluation"
+    RETURN_TYPES = ("EVAL_DATASET_CONFIG",)
+    RETURN_NAMES = ("eval_dataset_config",)
+    OUTPUT_TOOLTIPS = ("The dataset, for General Training Config.",)
+    REQUIRED: ClassVar = {
+        "dataset_config": Socket("DATASET_CONFIG", "The dataset, from any node that gives one."),
+        "name": widget(EvalDataset, "name", default="validation_set"),
+    }
+    OPTIONAL: ClassVar = {"others": EvalDatasetConfig.OPTIONAL["others"]}
+
+    def as_evaluation(
+        self, dataset_config: Any, name: str = "validation_set", others: list[dict[str, Any]] | None = None
+    ) -> tuple[list[dict[str, Any]]]:
+        """Entries of eval_datasets with the tables themselves."""
+        tables = _tables(dataset_config)
+        parse_dataset_settings(tables)
+        return (_with_another(others, name, tables),)
+
+
+def _with_another(others: list[dict[str, Any]] | None, name: str, tables: dict[str, Any]) -> list[dict[str, Any]]:
+    """Evaluation datasets with one more."""
+    if any(entry["name"] == name for entry in others or []):
+        raise SettingsError(f"name: '{name}' is the name of another evaluation dataset; choose another")
+    return [*(others or []), {"name": name, "config": tables}]
 
 
 def as_sizes(resolutions: list[Any]) -> list[Any]:
@@ -383,7 +453,13 @@ def _folders(**typed: str) -> dict[str, Any]:
                 found[name] = [_folder(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
         elif name in ("target_path", "dataset_path"):
             found["path"] = _folder(text, name)
-        elif (text or "").strip():
+        elif not (text or "").strip():
+            continue
+        elif name == "default_mask_file":
+            found[name] = comfy.resolve(text.strip())
+            if not Path(found[name]).is_file():
+                raise SettingsError(f"{name}: '{found[name]}' is not a file; give a picture")
+        else:
             found[name] = _folder(text, name)
     return found
 

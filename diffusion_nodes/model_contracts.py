@@ -37,7 +37,9 @@ CONTRACTS = {
         ("v_pred", "min_snr_gamma", "debiased_estimation_loss", "unet_lr", "text_encoder_1_lr", "text_encoder_2_lr"),
         defaults={"unet_lr": 4e-5, "text_encoder_1_lr": 2e-5, "text_encoder_2_lr": 2e-5}),
     "Wan22ModelNode": Contract(
-        "Wan2.2 Model", "wan", "get_wan22_config", ("ckpt_path", "min_t", "max_t"), ("transformer_path", "llm_path")),
+        "Wan2.2 Model", "wan", "get_wan22_config", ("ckpt_path", "min_t", "max_t"),
+        ("transformer_path", "llm_path", "vae_path", "clip_path", "tokenizer_path", "text_encoder_fp8",
+         "cache_text_embeddings")),
     "QwenImageEditModelNode": Contract(
         "Qwen Image Edit Model", "qwen_image", "get_qwen_image_edit_config", ("diffusers_path",),
         ("transformer_path",)),
@@ -68,7 +70,9 @@ CONTRACTS = {
         "Lumina 2 Model", "lumina_2", "get_lumina2_config", ("transformer_path", "llm_path", "vae_path"),
         ("lumina_shift",), defaults={"lumina_shift": True}),
     "Wan21ModelNode": Contract(
-        "Wan2.1 Model", "wan", "get_wan21_config", ("ckpt_path",), ("transformer_path", "llm_path")),
+        "Wan2.1 Model", "wan", "get_wan21_config", ("ckpt_path",),
+        ("transformer_path", "llm_path", "vae_path", "clip_path", "tokenizer_path", "text_encoder_fp8",
+         "cache_text_embeddings")),
     "ChromaModelNode": Contract(
         "Chroma Model", "chroma", "get_chroma_config", ("diffusers_path", "transformer_path"), ("flux_shift",),
         defaults={"flux_shift": True}),

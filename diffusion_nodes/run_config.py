@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..utils.config import Table, option, validate
 from ..utils.environment import Environment
-from ..utils.settings import Sampling, TrainSettings
+from ..utils.settings import Monitoring, Sampling, TrainSettings
 from . import comfy
 from .config import CATEGORY, AdvancedTrainConfig, GeneralConfig, linked
 from .schema import SettingsNode, Socket, further, widget, widgets
@@ -14,6 +14,20 @@ from .train import RUN_OPTIONS
 
 SET_ELSEWHERE = ("dataset", "resume_from_checkpoint", "partition_method", *RUN_OPTIONS)
 """Options that the Train node sets, or other inputs decide."""
+AS_GENERAL = "as General Training Config says."
+OTHER_FORMS = {
+    "activation_checkpointing_mode": widget(TrainSettings, "activation_checkpointing", only=Literal,
+                                            note=f"auto: {AS_GENERAL}"),
+    "activation_checkpointing_blocks": widget(TrainSettings, "activation_checkpointing", only=int,
+                                              note=f"0: {AS_GENERAL}"),
+    "micro_batch_by_resolution": widget(TrainSettings, "micro_batch_size_per_gpu", only=list,
+                                        note=f"Empty: {AS_GENERAL}"),
+    "image_micro_batch_by_resolution": widget(TrainSettings, "image_micro_batch_size_per_gpu", only=list),
+    "eval_micro_batch_by_resolution": widget(TrainSettings, "eval_micro_batch_size_per_gpu", only=list),
+    "eval_image_micro_batch_by_resolution": widget(TrainSettings, "eval_image_micro_batch_size_per_gpu", only=list),
+    "partition_by": widget(TrainSettings, "partition_method", default="", off="", note=f"Empty: {AS_GENERAL}"),
+}  # fmt: skip
+"""Inputs for what an option may be besides what its input in General Training Config, or here, can hold."""
 
 
 class DistilledGuidance(Table):
@@ -37,13 +51,33 @@ class MoreTrainConfigNode(SettingsNode):
         "advanced_config": Socket("ADVANCED_TRAIN_CONFIG", "Settings to add to, from Advanced Training Config."),
         **widgets(TrainSettings, *further(TrainSettings, GeneralConfig.REQUIRED, GeneralConfig.OPTIONAL,
                                           AdvancedTrainConfig.OPTIONAL, without=SET_ELSEWHERE)),
+        **OTHER_FORMS,
+        **widgets(Monitoring, *Monitoring.model_fields, prefix="monitoring"),
     }  # fmt: skip
 
     def more(self, advanced_config: Any = None, **values: Any) -> tuple[dict[str, Any]]:
-        """The part of the top level of a train.toml that differs from the defaults."""
-        settings = {key: value for key, value in self.read(values).items()
-                    if value != TrainSettings.model_fields[key].default}  # fmt: skip
+        """The part of a train.toml that differs from the defaults, or is set in another form than elsewhere."""
+        read = self.read(values)
+        monitoring = {key: read.pop(key) for key in Monitoring.model_fields if key in read}
+        others = {entry.key for entry in OTHER_FORMS.values()}
+        settings = {key: value for key, value in read.items()
+                    if key in others or value != TrainSettings.model_fields[key].default}  # fmt: skip
+        if any(monitoring.values()):
+            settings["monitoring"] = monitoring
         return ({**linked("advanced_config", advanced_config or {}), **settings},)
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, micro_batch_by_resolution: str | None = None, image_micro_batch_by_resolution: str | None = None,
+        eval_micro_batch_by_resolution: str | None = None, eval_image_micro_batch_by_resolution: str | None = None,
+        learning_rates: str | None = None,
+    ) -> bool | str:  # fmt: skip
+        """Refuses lists that cannot be read."""
+        return cls.check(
+            micro_batch_by_resolution=micro_batch_by_resolution, learning_rates=learning_rates,
+            image_micro_batch_by_resolution=image_micro_batch_by_resolution,
+            eval_micro_batch_by_resolution=eval_micro_batch_by_resolution,
+            eval_image_micro_batch_by_resolution=eval_image_micro_batch_by_resolution)  # fmt: skip
 
 
 class TrainingSamplerConfig(SettingsNode):

@@ -8,6 +8,7 @@ declarations.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -63,11 +64,13 @@ class Widget:
     note: str = ""
     written: bool = False
     """The text is a place to write to, which has rules of its own, not something to be found."""
+    only: Any = None
+    """Which of the option's types the input is for; see `widget`."""
 
     @property
     def field(self) -> FieldInfo:
         """Where the option is declared."""
-        return self.table.model_fields[self.key]
+        return _field(self.table, self.key, self.only)
 
     @property
     def path(self) -> str:
@@ -108,7 +111,7 @@ class Widget:
         Raises:
             SettingsError: A list that cannot be read as one.
         """
-        if isinstance(value, str) and not isinstance(self.kind, list):
+        if isinstance(value, str) and not isinstance(self.kind, list) and not _hint(self.field, "spaces"):
             value = value.strip()
         if value is None or self._is_off(value):
             return None
@@ -168,14 +171,18 @@ class SettingsNode:
                    if isinstance(entry, Widget) and (only is None or name in only)}  # fmt: skip
         problems: list[str] = []
         found: dict[tuple[type[Table], str], dict[str, Any]] = {}
+        given_by: dict[str, str] = {}
         for name, entry in widgets.items():
             try:
                 value = entry.read(values.get(name, entry.default))
             except SettingsError as error:
                 problems.append(str(error))
                 continue
-            if value is not None:
-                found.setdefault((entry.table, entry.prefix), {})[entry.key] = value
+            if value is None:
+                continue
+            if (other := given_by.setdefault(entry.path, name)) != name:
+                problems.append(f"{name}: sets {entry.path}, as {other} does; use one of them")
+            found.setdefault((entry.table, entry.prefix), {})[entry.key] = value
         result: dict[str, Any] = {}
         for (table, prefix), part in found.items():
             try:
@@ -205,10 +212,13 @@ class SettingsNode:
 def widget(
     table: type[Table], key: str, *, prefix: str = "", kind: str | None = None, default: Any = ..., off: Any = ...,
     high: float | None = None, choices: Iterable[str] | None = None, note: str = "", written: bool = False,
+    only: Any = None,
 ) -> Widget:  # fmt: skip
     """The input that sets option ``key`` of ``table``.
 
     Args:
+        only: For an option of several types, that which this input is for: ``int``, ``list`` or ``Literal``. It may
+            be left out, so that the input for another of them counts.
         prefix: Name of the TOML table, for messages.
         kind: ComfyUI's type where it is not that of the option.
         default: Where a node starts elsewhere than the option itself.
@@ -218,7 +228,7 @@ def widget(
         note: Added to the tooltip.
         written: The text is a place to write to.
     """
-    field = table.model_fields[key]
+    field = _field(table, key, only)
     shape: str | list[str] = list(choices) if choices else kind or _kind(field)
     if off is ...:
         off = _off(field, shape)
@@ -229,7 +239,8 @@ def widget(
     low, top = _bounds(field, shape, off) if shape in ("INT", "FLOAT") else (None, None)
     if shape == "FLOAT":
         default = float(default)
-    return Widget(table, key, prefix, shape, default, off, low, high if high is not None else top, note, written)
+    return Widget(table, key, prefix, shape, default, off, low, high if high is not None else top, note, written,
+                  only)  # fmt: skip
 
 
 def widgets(table: type[Table], *keys: str, prefix: str = "") -> dict[str, Widget | Socket]:
@@ -317,6 +328,17 @@ def _part(table: type[Table], keys: tuple[str, ...]) -> type[Table]:
     return create_model(table.__name__, __base__=Table, **fields)
 
 
+def _field(table: type[Table], key: str, only: Any = None) -> FieldInfo:
+    """An option; with ``only`` as if it had that one of its types, or were left out."""
+    field = table.model_fields[key]
+    if only is None:
+        return field
+    (member,) = [member for member in _members(field) if only in (member, get_origin(member))]
+    narrow = copy.copy(field)
+    narrow.annotation, narrow.default = member | None, None
+    return narrow
+
+
 def _members(field: FieldInfo) -> list[Any]:
     """The types that the option may have, None left out."""
     annotation = field.annotation
@@ -368,7 +390,7 @@ def _bounds(field: FieldInfo, kind: Any, off: Any) -> tuple[float, float]:
         if isinstance(rule, (annotated_types.Ge, annotated_types.Gt, annotated_types.Le, annotated_types.Lt)):
             rules |= dataclasses.asdict(rule)
     step = _step(field, kind)
-    low = rules.get("ge", rules["gt"] + step if "gt" in rules else -math.inf)
+    low = rules.get("ge", rules["gt"] + step if "gt" in rules else _hint(field, "ui_min") or -math.inf)
     high = rules.get("le", rules["lt"] - step if "lt" in rules else math.inf)
     if isinstance(off, (int, float)):
         low = min(low, off)

@@ -21,7 +21,9 @@ from ..utils import launch
 from ..utils.config import SettingsError, read_toml, write_toml
 from ..utils.environment import Environment
 from ..utils.failure import log_tail
+from ..utils.machines import read_hostfile
 from ..utils.processes import ProcessError
+from ..utils.progress import amount
 from ..utils.run_folder import ENDED, RunFolder, Status, duration
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy, files
@@ -184,10 +186,17 @@ def _run_to_resume(output_dir: Path, asked: str) -> RunFolder:
 
 
 def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked: str, share_gpu: bool) -> launch.Run:
+    from ..utils.samples import check_images  # loads torch
+
     settings = parse_train_settings(train)
     environment, num_gpus = settings.environment, settings.number_of_gpus
-    _check_machine(num_gpus, environment.visible_gpus or [])
-    family_of(settings).check_files()
+    _check_deepspeed()
+    machines = _machines(environment, num_gpus)
+    if not machines:
+        _check_gpus(num_gpus, environment.visible_gpus or [])
+    family = family_of(settings)
+    family.check_files()
+    check_images(settings.sample, family)
     output_dir = Path(train["output_dir"])
     try:
         folder = _run_to_resume(output_dir, asked) if asked else RunFolder.create(output_dir)
@@ -201,7 +210,7 @@ def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked:
     try:
         return launch.start(
             folder, num_gpus=num_gpus, identity=identity, resume=resume, gpus=environment.visible_gpus,
-            env=environment.as_variables(), master_port=environment.master_port, machines=_machines(environment),
+            env=environment.as_variables(), master_port=environment.master_port, machines=machines,
             allow_shared=share_gpu)  # fmt: skip
     except ProcessError:
         if not asked:
@@ -209,20 +218,17 @@ def _start(train: dict[str, Any], dataset: dict[str, Any], identity: str, asked:
         raise
 
 
-def _machines(environment: Environment) -> list[str]:
-    """The launcher's arguments for several machines; none for this one alone."""
+def _machines(environment: Environment, num_gpus: int) -> list[str]:
+    """The trainer's arguments for several machines; none for this one alone."""
     if not environment.hostfile:
         return []
-    given = {"hostfile": environment.hostfile, "num_nodes": environment.num_nodes,
-             "master_addr": environment.master_addr}  # fmt: skip
+    hostfile = Path(environment.hostfile).expanduser().resolve()
+    read_hostfile(hostfile, environment.num_nodes, num_gpus)
+    given = {"hostfile": hostfile, "num_nodes": environment.num_nodes, "master_addr": environment.master_addr}
     return [f"--{name}={value}" for name, value in given.items() if value]
 
 
-def _check_machine(num_gpus: int, chosen: list[int]) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        requirements = launch.TRAIN_SCRIPT.with_name("requirements.txt")
-        raise RuntimeError(f"DeepSpeed is not installed in the Python that runs ComfyUI; install it with: "
-                           f"{sys.executable} -m pip install -r {requirements}")  # fmt: skip
+def _check_gpus(num_gpus: int, chosen: list[int]) -> None:
     import torch  # ComfyUI has long loaded it
 
     present = torch.cuda.device_count()
@@ -230,6 +236,13 @@ def _check_machine(num_gpus: int, chosen: list[int]) -> None:
         raise SettingsError(f"environment.visible_gpus: this machine has GPUs 0 to {present - 1}, got {chosen}")
     if present and num_gpus > present:
         raise SettingsError(f"number_of_gpus: must be at most {present} on this machine, got {num_gpus}")
+
+
+def _check_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        requirements = launch.TRAIN_SCRIPT.with_name("requirements.txt")
+        raise RuntimeError(f"DeepSpeed is not installed in the Python that runs ComfyUI; install it with: "
+                           f"{sys.executable} -m pip install -r {requirements}")  # fmt: skip
 
 
 async def _watch(run: launch.Run, node_id: str | None, *, until_it_runs: bool) -> launch.Outcome | None:
@@ -264,18 +277,25 @@ def describe(status: Status) -> str:
     if status.state in ENDED:
         return status.state
     if status.state == "training":
-        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [status.phase])]
+        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [_phase(status)])]
         if status.loss is not None:
             parts.append(f"loss {status.loss:.3g}")
         if status.seconds_per_step is not None:
             parts.append(f"{status.seconds_per_step:.2g} s/step")
         parts += [f"{name} {loss:.3g}" for name, loss in status.eval_losses.items()]
     else:
-        count = f" {status.phase_done}/{status.phase_total}" if status.phase_total else ""
-        parts = [(status.phase or status.state) + count]
+        parts = [_phase(status) or status.state]
     if status.eta is not None:
         parts.append(f"{duration(status.eta)} left")
     return " · ".join(parts)
+
+
+def _phase(status: Status) -> str:
+    """``encoding pictures 50/200``, ``loading the model 3.2/23.8 GB, 1.1 GB/s``; nothing between phases."""
+    if not status.phase_total:
+        return status.phase
+    seconds_left = None if status.state == "training" else status.eta
+    return f"{status.phase} {amount(status.phase_done, status.phase_total, status.phase_unit, seconds_left)}"
 
 
 def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None) -> tuple[str, str, str, str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "planned")
+_NO_FAMILIES = ("__init__", "base", "flow", "planned")
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 
 
@@ -28,7 +28,7 @@ def families() -> dict[str, type[Family]]:
     from .base import Family
 
     found: dict[str, type[Family]] = {}
-    for path in files():
+    for path in family_files():
         module = _module(path)
         for value in vars(module).values():
             if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__:
@@ -60,7 +60,7 @@ def family_named(kind: object) -> type[Family]:
     raise SettingsError(f"model.type: '{kind}' is unknown; known are {known}")
 
 
-def files() -> list[Path]:
+def family_files() -> list[Path]:
     """The files of families: ours, then those in the user's folders."""
     own = Path(__file__).parent
     found = [path for path in sorted(own.glob("*.py")) if path.stem not in _NO_FAMILIES]
@@ -69,7 +69,7 @@ def files() -> list[Path]:
 
 def types_in_files() -> list[str]:
     """Each ``type`` that a family's file declares, without importing it: ComfyUI asks at every start."""
-    return [kind for path in files() for kind in _TYPE.findall(path.read_text("utf-8"))]
+    return [kind for path in family_files() for kind in _TYPE.findall(path.read_text("utf-8"))]
 
 
 def _user_folders() -> list[Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
-from .base import read_json
+from .files import read_json
 
 if TYPE_CHECKING:
     import diffusers

@@ -10,10 +10,7 @@ L text tokens, D features.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from ..utils.config import Dtype, SettingsError, Table, option
+from ..utils.config import Dtype, Table, option
 from ..utils.imports import lazy
-from ..utils.weights import fill
+from ..utils.weights import fill, held_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +44,8 @@ LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 
 class ModelConfig(Table):
     """What every ``[model]`` table has."""
+
+    unused: ClassVar = {"load_dtype": "weights are read in dtype, or in transformer_dtype"}
 
     type: str
     dtype: Dtype = option("bfloat16", "Precision that the model computes in.")
@@ -213,6 +212,9 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Linear layers that are given the same tensor one after the other, by the ends of their names; with a LoRA they
+    are computed together."""
     model_folder: ClassVar[str] = "diffusion_models"
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
@@ -257,6 +259,11 @@ class Family(ABC):
         Raises:
             SettingsError: Names the option, the path and what was expected.
         """
+
+    @property
+    def starts_from_pictures(self) -> bool:
+        """Previews may begin with a picture; asked after `check_files`."""
+        return self.max_controls > 0 or not self.takes_pictures
 
     @abstractmethod
     def identity(self, part: str) -> str:
@@ -371,6 +378,10 @@ class Family(ABC):
         fill(denoiser, read or self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
         return denoiser
 
+    def denoiser_bytes(self, denoiser: nn.Module, only: Container[nn.Parameter] | None = None) -> int:
+        """What `load_denoiser` takes on the device, called with the same."""
+        return held_bytes(denoiser, self.dtype, self.float32, self.storage, only)
+
     @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[Layer]:
         """The chain that computes exactly what ``denoiser.forward`` computes, over the same submodules."""
@@ -402,35 +413,6 @@ class Family(ABC):
     def timestep_shift(self, latent_size: tuple[int, int]) -> float:
         """Factor of the shift t' = s*t / (1 + (s - 1)*t)."""
         return self.config.shift or 1.0
-
-    def noised(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What rectified flow trains on: x_t = t * noise + (1 - t) * x0, the times t, and the velocity noise - x0.
-
-        Returns:
-            x_t and velocity shaped like the latents, batch first, and t_N, all float32.
-        """
-        x0 = torch.stack([example.media["latents"] for example in examples]).float()
-        noise = torch.stack([example.noise for example in examples]).to(x0)
-        latent_size = (x0.shape[-2], x0.shape[-1])
-        times = [self.timestep(example.quantile, latent_size) for example in examples]
-        t_N = torch.tensor(times, dtype=torch.float32, device=x0.device)
-        t = t_N.view(-1, *[1] * (x0.ndim - 1))
-        return t * noise + (1.0 - t) * x0, t_N, noise - x0
-
-    def time_weight(self, t_N: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Weight of each sample's loss by its noise level, as ``loss_weighting`` says; broadcasts against ``target``.
-
-        The weightings of Esser et al. 2024 (Stable Diffusion 3), section 3.1. Below t = 0.001 sigma_sqrt grows no
-        more.
-        """
-        match self.config.loss_weighting:
-            case "sigma_sqrt":
-                weight_N = t_N.clamp(min=1e-3) ** -2
-            case "cosmap":
-                weight_N = 2 / (math.pi * (1 - 2 * t_N + 2 * t_N**2))
-            case _:
-                weight_N = torch.ones_like(t_N)
-        return weight_N.view(-1, *[1] * (target.ndim - 1))
 
     def _quantile_of(self, t: float, shift: float) -> float:
         if not 0 < t < 1:
@@ -502,69 +484,3 @@ class Family(ABC):
 
 def _erfinv(x: float) -> float:
     return float(torch.erfinv(torch.tensor(x, dtype=torch.float64)))
-
-
-def resolution_shift(latent_size: tuple[int, int]) -> float:
-    """The shift that Flux uses for a picture of this size: e^mu, mu linear in the number of image tokens.
-
-    Anchors are 256 tokens (mu 0.5) and 4096 tokens (mu 1.15); a token is 2x2 latents. Source: the
-    sampling code of Black Forest Labs' flux repository (`get_schedule`).
-    """
-    tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
-    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
-
-
-def require_path(value: str | None, name: str, expected: str) -> Path:
-    """The path in option ``name``.
-
-    Raises:
-        SettingsError: It is empty or nothing is there; ``expected`` says what should be.
-    """
-    if not value:
-        raise SettingsError(f"{name}: required here; give {expected}")
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise SettingsError(f"{name}: '{path}' does not exist; give {expected}")
-    return path
-
-
-def in_comfyui(relative: str) -> Path | None:
-    """The path of something that ComfyUI ships, if this package lies in its ``custom_nodes`` folder."""
-    package = Path(__file__).absolute().parent.parent
-    for folder in (package, package.resolve()):  # a package may be linked into custom_nodes
-        if folder.parent.name == "custom_nodes" and (folder.parent.parent / relative).exists():
-            return folder.parent.parent / relative
-    return None
-
-
-def fingerprint(path: Path) -> str:
-    """Identifies the weights in a file, or in a folder of them, wherever it lies and whenever it was copied.
-
-    Reads sizes, safetensors headers, small JSON files and 64 blocks spread over each weight file, so a
-    10 GB encoder costs milliseconds.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    files = (
-        sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".json")) if path.is_dir() else [path]
-    )
-    for file in files:
-        digest.update(f"{file.relative_to(path) if path.is_dir() else ''}:{file.stat().st_size};".encode())
-        with file.open("rb") as stream:
-            if file.suffix == ".safetensors":
-                header = struct.unpack("<Q", stream.read(8))[0]
-                digest.update(stream.read(header))
-            for block in range(64):
-                stream.seek(block * file.stat().st_size // 64)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A component's ``config.json``."""
-    return json.loads(path.read_text("utf-8"))
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a component's configuration, folder and all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), "utf-8")

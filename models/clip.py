@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import lazy
 from ..utils.weights import Weights
-from .base import write_json
+from .files import write_json
 
 if TYPE_CHECKING:
     import huggingface_hub

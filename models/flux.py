@@ -26,22 +26,10 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
 from .autoencoder import load_autoencoder
-from .base import (
-    Batch,
-    Example,
-    Family,
-    Layer,
-    ModelConfig,
-    SampleRequest,
-    Shapes,
-    fingerprint,
-    in_comfyui,
-    read_json,
-    require_path,
-    resolution_shift,
-    write_json,
-)
+from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
+from .files import fingerprint, in_comfyui, read_json, require_path, write_json
+from .flow import FlowConfig, FlowFamily
 
 if TYPE_CHECKING:
     import diffusers
@@ -63,7 +51,7 @@ DEV_SCHEDULE: dict[str, Any] = {
 SCHNELL_SCHEDULE: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
 
 
-class FluxConfig(ModelConfig):
+class FluxConfig(FlowConfig):
     """Flux.1 dev, schnell or Kontext, from a diffusers folder, from single files as ComfyUI has them, or from both."""
 
     type: Literal["flux"] = "flux"
@@ -95,9 +83,6 @@ class FluxConfig(ModelConfig):
     )
     guidance: float = option(
         1.0, "Guidance that dev is told while training. 1 leaves later guidance intact.", ge=0, step=0.1
-    )
-    flux_shift: bool = option(
-        False, "Move training towards high noise as Flux samples: more for larger pictures. 'shift' overrides it."
     )
     max_sequence_length: int = option(
         512,
@@ -158,7 +143,7 @@ class TextEncoder:
     model: Any
 
 
-class Flux(Family):
+class Flux(FlowFamily):
     """Flux.1 in the hands of the trainer."""
 
     title = "Flux"
@@ -167,6 +152,7 @@ class Flux(Family):
     size_multiple = 16
     max_controls = 1
     text_encoders = ("clip", "t5")
+    shared_inputs = (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"))
     adapter_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     high_precision = ("^time_text_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out")
 
@@ -355,11 +341,6 @@ class Flux(Family):
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         channels = target.shape[-1] // 4
         return pack(mask_NFHW.expand(-1, channels, -1, -1))
-
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
-        if self.config.shift is None and self.config.flux_shift:
-            return resolution_shift(latent_size)
-        return super().timestep_shift(latent_size)
 
     # -- results ------------------------------------------------------------------------------------
 

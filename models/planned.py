@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from ..utils.config import Table, option
 from .base import ModelConfig, StorageDtype
+from .flow import SHIFT_BY_SIZE, FlowConfig
 
 
 def _file(description: str, picker: str, required: bool = False) -> Any:
@@ -46,14 +47,6 @@ def _rate(what: str) -> Any:
     )
 
 
-def _resolution_shift(default: bool = False) -> Any:
-    return option(default, "Move training towards high noise: more for larger pictures. 'shift' overrides it.")
-
-
-class _Shifted(ModelConfig):
-    flux_shift: bool = _resolution_shift()
-
-
 class TextEncoder(Table):
     """One entry of ``text_encoders``, as ComfyUI's CLIP loaders take it."""
 
@@ -68,13 +61,10 @@ class TextEncoder(Table):
         return self
 
 
-class _FromComfyUI(_Shifted):
+class _FromComfyUI(FlowConfig):
     diffusion_model: str | None = _transformer()
     vae: str | None = _vae()
     text_encoders: list[TextEncoder] = option([], "The text encoders, each with path or paths and type.")
-    merge_adapters: list[str] | None = option(
-        None, "LoRAs that are merged into the model before training, one per line.", lines=True
-    )
 
 
 class LTXVideoConfig(ModelConfig):
@@ -88,7 +78,7 @@ class LTXVideoConfig(ModelConfig):
         ge=0, le=1, step=0.01)  # fmt: skip
 
 
-class HunyuanVideoConfig(_Shifted):
+class HunyuanVideoConfig(FlowConfig):
     """HunyuanVideo, from the original folder or from ComfyUI's files."""
 
     type: Literal["hunyuan-video"] = "hunyuan-video"
@@ -123,10 +113,10 @@ class Lumina2Config(ModelConfig):
     transformer_path: str = _transformer(required=True)
     llm_path: str = _text_encoder(required=True)
     vae_path: str = _vae(required=True)
-    lumina_shift: bool = _resolution_shift()
+    lumina_shift: bool = option(False, SHIFT_BY_SIZE)
 
 
-class ChromaConfig(_Shifted):
+class ChromaConfig(FlowConfig):
     """Chroma, made from Flux schnell."""
 
     type: Literal["chroma"] = "chroma"
@@ -134,7 +124,7 @@ class ChromaConfig(_Shifted):
     transformer_path: str = _transformer(required=True)
 
 
-class HiDreamConfig(_Shifted):
+class HiDreamConfig(FlowConfig):
     """HiDream-I1."""
 
     type: Literal["hidream"] = "hidream"
@@ -147,14 +137,14 @@ class HiDreamConfig(_Shifted):
     max_llama3_sequence_length: int = option(128, "Llama tokens per caption.", ge=32, le=2048, step=1)
 
 
-class SD3Config(_Shifted):
+class SD3Config(FlowConfig):
     """Stable Diffusion 3 and 3.5."""
 
     type: Literal["sd3"] = "sd3"
     diffusers_path: str = _folder(required=True)
 
 
-class CosmosPredict2Config(_Shifted):
+class CosmosPredict2Config(FlowConfig):
     """Cosmos-Predict2, text to image."""
 
     type: Literal["cosmos_predict2"] = "cosmos_predict2"
@@ -188,14 +178,14 @@ class AnimaConfig(CosmosPredict2Config):
     type: Literal["anima"] = "anima"  # type: ignore[assignment]
 
 
-class OmniGen2Config(_Shifted):
+class OmniGen2Config(FlowConfig):
     """OmniGen2."""
 
     type: Literal["omnigen2"] = "omnigen2"
     diffusers_path: str = _folder(required=True)
 
 
-class QwenImageConfig(_Shifted):
+class QwenImageConfig(FlowConfig):
     """Qwen-Image and, with control pictures in the dataset, Qwen-Image-Edit."""
 
     type: Literal["qwen_image"] = "qwen_image"
@@ -219,7 +209,7 @@ class QwenImage2511Config(QwenImageConfig):
     type: Literal["qwen2511"] = "qwen2511"  # type: ignore[assignment]
 
 
-class HunyuanImageConfig(_Shifted):
+class HunyuanImageConfig(FlowConfig):
     """HunyuanImage 2.1."""
 
     type: Literal["hunyuan_image"] = "hunyuan_image"
@@ -229,7 +219,7 @@ class HunyuanImageConfig(_Shifted):
     byt5_path: str = _text_encoder(required=True)
 
 
-class AuraFlowConfig(_Shifted):
+class AuraFlowConfig(FlowConfig):
     """AuraFlow and Pony V7."""
 
     type: Literal["auraflow"] = "auraflow"
@@ -279,15 +269,12 @@ class Krea2Config(_FromComfyUI):
     type: Literal["krea2"] = "krea2"
 
 
-class LTX2Config(_Shifted):
+class LTX2Config(FlowConfig):
     """LTX-Video 2.3."""
 
     type: Literal["ltx2"] = "ltx2"
     diffusion_model: str = _file("Transformer and VAE as a single file.", "diffusion_models", required=True)
     text_encoder: str = _text_encoder(required=True)
-    merge_adapters: list[str] | None = option(
-        None, "LoRAs that are merged into the model before training, one per line.", lines=True
-    )
 
 
 class MiniMaxH3Config(_FromComfyUI):

@@ -31,22 +31,7 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
 from . import autoencoder, unet
-from .base import (
-    Batch,
-    Encodings,
-    Example,
-    Family,
-    Layer,
-    ModelConfig,
-    SampleRequest,
-    Shapes,
-    StorageDtype,
-    fingerprint,
-    in_comfyui,
-    read_json,
-    require_path,
-    write_json,
-)
+from .base import Batch, Encodings, Example, Family, Layer, ModelConfig, SampleRequest, Shapes, StorageDtype
 from .clip import (
     CLIP_LENGTH,
     HUB_TOKENIZERS,
@@ -60,6 +45,7 @@ from .clip import (
     to_open_clip,
     write_clip_tokenizer,
 )
+from .files import fingerprint, in_comfyui, read_json, require_path, write_json
 
 if TYPE_CHECKING:
     import diffusers
@@ -201,6 +187,11 @@ class SDXL(Family):
     size_multiple = 16
     model_folder = "checkpoints"
     text_encoders = ("clip_l", "clip_g")
+    shared_inputs = (
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    )
     adapter_blocks = (
         "DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
         "CLIPEncoderLayer",

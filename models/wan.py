@@ -28,20 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import build, fill
-from .base import (
-    Batch,
-    Example,
-    Family,
-    Layer,
-    ModelConfig,
-    SampleRequest,
-    Shapes,
-    fingerprint,
-    read_json,
-    require_path,
-    resolution_shift,
-    write_json,
-)
+from .base import Batch, Example, Layer, SampleRequest, Shapes
+from .files import fingerprint, read_json, require_path, write_json
+from .flow import FlowConfig, FlowFamily
 from .wan_files import (
     HEAD_DIM,
     PARTS,
@@ -85,7 +74,7 @@ EMBEDDED_TOKENIZER = "spiece_model"
 Task = Literal["t2v", "i2v", "flf2v"]
 
 
-class WanConfig(ModelConfig):
+class WanConfig(FlowConfig):
     """Wan 2.1 or 2.2, from a folder as Wan-AI publishes it or in diffusers layout, from single files as ComfyUI has
     them, or from both."""
 
@@ -124,11 +113,6 @@ class WanConfig(ModelConfig):
         "memory while training.",
         advanced=True,
     )
-    flux_shift: bool = option(
-        False,
-        "Move training towards high noise by the size of the picture, as Flux samples. 'shift' overrides it.",
-        advanced=True,
-    )
 
 
 @dataclass
@@ -150,7 +134,7 @@ class Variant:
     """Attends to CLIP's view of the given frames."""
 
 
-class Wan(Family):
+class Wan(FlowFamily):
     """Wan in the hands of the trainer."""
 
     title = "Wan"
@@ -158,6 +142,11 @@ class Wan(Family):
     config: WanConfig
     fps: float | None = 16.0
     text_encoders = ("umt5",)
+    shared_inputs = (
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.add_k_proj", "attn2.add_v_proj"),
+    )
     adapter_blocks = ("WanTransformerBlock",)
     float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     high_precision = ("^condition_embedder", "^proj_out")
@@ -422,11 +411,6 @@ class Wan(Family):
             tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
             media["image_embeds"] = (tokens * (1 if self.variant.task == "i2v" else 2), config.image_dim)
         return media, {"umt5_embeds": (TEXT_LENGTH, config.text_dim)}
-
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
-        if self.config.shift is None and self.config.flux_shift:
-            return resolution_shift(latent_size)
-        return super().timestep_shift(latent_size)
 
     # -- results ------------------------------------------------------------------------------------
 

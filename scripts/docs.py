@@ -24,9 +24,14 @@ import tomli_w
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 LANGUAGES = ("en", "zh")
-UPPER = {"ar": "AR", "gpu": "GPU", "gpus": "GPUs", "lr": "learning rate", "vae": "VAE", "t5": "T5",
-         "dtype": "precision", "toml": "TOML", "url": "URL", "proc": "processes", "num": "number of", "x": "X",
-         "lora": "LoRA"}  # fmt: skip
+UPPER = {"addr": "address", "ar": "AR", "cfg": "CFG", "ckpt": "checkpoint", "cpu": "CPU", "cuda": "CUDA",
+         "dir": "folder", "dora": "DoRA", "dtype": "precision", "ema": "EMA", "fp8": "FP8", "gpu": "GPU",
+         "gpus": "GPUs",
+         "huber": "Huber", "i": "I", "ib": "InfiniBand", "l1": "L1", "llm": "LLM", "lora": "LoRA",
+         "lr": "learning rate", "matmul": "multiplication", "nccl": "NCCL", "num": "number of", "p2p": "P2P",
+         "params": "parameters", "pred": "prediction", "proc": "processes", "rslora": "rsLoRA", "snr": "SNR",
+         "t5": "T5", "toml": "TOML", "uncond": "unconditional", "unet": "U-Net", "url": "URL", "vae": "VAE",
+         "wandb": "W&B", "x": "X", "zero": "ZeRO"}  # fmt: skip
 WORDS = {
     "en": {"inputs": "Inputs", "outputs": "Outputs", "input": "Input", "type": "Type", "default": "Default",
            "range": "Range", "meaning": "Meaning", "output": "Output", "link": "link", "advanced": "advanced",
@@ -71,6 +76,7 @@ def _text(language: str, english: str) -> str:
 
 def _label(language: str, name: str) -> str:
     words = " ".join(UPPER.get(word, word) for word in name.split("_"))
+    words = words.removesuffix(" of") if name.endswith("_num") else words
     words = re.sub("^clip", "CLIP", words)  # the text encoder, not a video's clip
     return _in(language, "labels", name, words[:1].upper() + words[1:])
 
@@ -101,6 +107,16 @@ def node_definitions(language: str) -> dict[str, Any]:
         }
         for name, cls in nodes.NODE_CLASS_MAPPINGS.items()
     }  # fmt: skip
+
+
+def main_texts(language: str) -> dict[str, Any]:
+    """``main.json``: places in the menu, and link types, by which outputs of the same name are labelled."""
+    classes = package("nodes").NODE_CLASS_MAPPINGS.values()
+    places = {part for cls in classes for part in cls.CATEGORY.split("/")}
+    types = {kind for cls in classes for name, kind, _ in _outputs(cls) if name == kind}
+    return {"dataTypes": {kind: _label(language, kind) for kind in sorted(types)},
+            "nodeCategories": {place: text for place in sorted(places)
+                               if (text := _in(language, "places", place, place)) != place}}  # fmt: skip
 
 
 def _description(cls: Any) -> str:
@@ -248,6 +264,8 @@ def _files() -> dict[Path, str]:
     for language in LANGUAGES:
         text = json.dumps(node_definitions(language), ensure_ascii=False, indent=2) + "\n"
         result[ROOT / "locales" / language / "nodeDefs.json"] = text
+        text = json.dumps(main_texts(language), ensure_ascii=False, indent=2) + "\n"
+        result[ROOT / "locales" / language / "main.json"] = text
     for name in package("nodes").NODE_CLASS_MAPPINGS:
         result[ROOT / "web/docs" / f"{name}.md"] = node_page(name, "en")
         result[ROOT / "web/docs" / name / "zh.md"] = node_page(name, "zh")

@@ -1,6 +1,6 @@
 // Opens a workflow in ComfyUI's page and says, as JSON, what a user would see there.
 //
-//     PLAYWRIGHT_DIR=... node browser.mjs URL WORKFLOW.json PICTURE.png [--vue] [--run SECONDS]
+//     PLAYWRIGHT_DIR=... node browser.mjs URL WORKFLOW.json PICTURE.png [--vue] [--zh] [--run SECONDS]
 //
 // PLAYWRIGHT_DIR holds node_modules/playwright-core; CHROMIUM names the browser (/usr/bin/chromium).
 import fs from 'node:fs'
@@ -20,18 +20,20 @@ const setting = (name, value) => fetch(`${url}/api/settings/${name}`, { method: 
 await setting('Comfy.TutorialCompleted', true)
 await setting('Comfy.Minimap.Visible', false)
 await setting('Comfy.VueNodes.Enabled', flags.includes('--vue'))
+await setting('Comfy.Locale', flags.includes('--zh') ? 'zh' : 'en')
 
 const profile = fs.mkdtempSync(path.join(os.tmpdir(), 'browser-'))
 const context = await chromium.launchPersistentContext(profile, {
   executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', headless: true,
   viewport: { width: 2300, height: 1640 }, args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking'],
 })
-const seen = { errors: [], missing: [], widgets: {}, stored: {}, drawn: [], outcome: null }
+const seen = { errors: [], missing: [], widgets: {}, stored: {}, labels: {}, drawn: [], outcome: null }
 try {
   const page = context.pages()[0] ?? await context.newPage()
   const outside = address => /^https?:/.test(address.href) && address.host !== new URL(url).host
   await page.route(outside, route => route.abort())
-  const note = (text, place = '') => OWN.some(own => own.test(text) || own.test(place)) || seen.errors.push(text.slice(0, 1000))
+  const note = (text, place = '') =>
+    OWN.some(own => own.test(text) || own.test(place)) || seen.errors.push(`${place} ${text}`.trim().slice(0, 1000))
   page.on('console', message => message.type() === 'error' && note(message.text(), message.location()?.url))
   page.on('pageerror', error => note(String(error.stack ?? error)))
   await page.addInitScript(() => {  // texts on a canvas can only be read where they are drawn
@@ -71,6 +73,12 @@ try {
   await page.waitForTimeout(2000)
   seen.widgets = await page.evaluate(() => Object.fromEntries(window.app.graph.nodes.map(
     node => [node.id, Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value]))])))
+  seen.labels = await page.evaluate(() => Object.fromEntries(window.app.graph.nodes.map(node => [node.type, {
+    title: node.title,
+    ...Object.fromEntries((node.widgets ?? []).map(({ name, label, element }) => [name, element?.placeholder ?? label])),
+    ...Object.fromEntries([...node.inputs ?? [], ...node.outputs ?? []].filter(slot => !slot.widget).map(
+      ({ name, type, label, localized_name: shown }) => [`${name} (${type})`, label ?? shown])),
+  }])))
   seen.stored = await page.evaluate(() => Object.fromEntries(window.app.graph.serialize().nodes.map(node => [node.id, node])))
   seen.drawn = await page.evaluate(() => [...window.drawn,
     ...[...document.querySelectorAll('[data-node-id] input')].map(input => input.value)])

@@ -86,6 +86,26 @@ def test_workflows_of_every_old_version_open_with_their_values(
         assert {name: shown[name] for name in defaults} == defaults, f"{kind}, layout {number}"
 
 
+NAMES_OF_THINGS = {"VAE", "Latent", "LoRA", "DoRA", "eps", "beta1", "beta2"}
+"""Texts that are the same in every language."""
+
+
+def test_everything_has_a_chinese_label_on_the_chinese_page(server: ComfyUI, tmp_path: Path) -> None:
+    shutil.copy(EXAMPLE.parent.parent / "docs/loss.png", server.base / "input")  # for nodes that show a picture
+    nodes = [{"id": number, "type": kind, "pos": [400 * number, 0], "size": [360, 300], "mode": 0, "properties": {}}
+             for number, kind in enumerate(node_classes(), 1)]  # fmt: skip
+    workflow = tmp_path / "all.json"
+    workflow.write_text(json.dumps({"version": 0.4, "nodes": nodes, "links": [], "groups": []}))
+    seen = look(server, workflow, "--zh")
+    assert (seen["missing"], seen["errors"]) == ([], [])
+    assert set(seen["labels"]) == set(node_classes())
+    foreign = server.get("/object_info")  # a node of ComfyUI's own may have taken the name of one of ours
+    english = [f"{kind}.{name}: {text}" for kind, labels in seen["labels"].items() for name, text in labels.items()
+               if foreign[kind]["python_module"].startswith("custom_nodes")
+               and text not in NAMES_OF_THINGS and not re.search("[\u4e00-\u9fff]", text or "")]  # fmt: skip
+    assert english == []
+
+
 def test_values_follow_the_names_that_the_page_stores(server: ComfyUI, tmp_path: Path) -> None:
     document = json.loads(EXAMPLE.read_text("utf-8"))
     (general,) = [node for node in document["nodes"] if node["type"] == "GeneralConfig"]

@@ -89,6 +89,14 @@ def test_every_number_says_how_the_frontend_shows_it(name):
 
 
 @pytest.mark.parametrize("name", sorted(NODE_CLASS_MAPPINGS))
+def test_every_choice_starts_with_one_that_is_offered(name):
+    for section in declared(name).values():
+        for key, kind, options in section:
+            if isinstance(kind, list) and "default" in options:
+                assert options["default"] in kind, key
+
+
+@pytest.mark.parametrize("name", sorted(NODE_CLASS_MAPPINGS))
 def test_everything_has_a_tooltip(name):
     cls = NODE_CLASS_MAPPINGS[name]
     assert cls.DESCRIPTION

@@ -70,13 +70,13 @@ def training(run: launch.Run) -> Callable[[], bool]:
 
 
 def test_what_the_launcher_is_told(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The command line for chosen GPUs, a port and several machines, seen by a launcher that only writes it down."""
+    """The command line for chosen GPUs, a port and several machines, seen by one that only writes it down."""
     note = tmp_path / "note.py"
     note.write_text("import json, sys\njson.dump(sys.argv[1:], open('argv.json', 'w'))")
     cases = [({"gpus": [1, 3], "num_gpus": 2}, "--include=localhost:1,3"), ({"num_gpus": 2}, "--num_gpus=2"),
              ({"num_gpus": 2, "machines": ["--hostfile=/h", "--num_nodes=2"]}, "--hostfile=/h")]  # fmt: skip
-    for options, first in cases:
-        run = start({}, launcher=(str(note),), master_port=29777, **options)
+    for options, first in cases:  # over several machines the script starts itself, and the launcher is not asked
+        run = start({}, launcher=(str(note),), script=note, master_port=29777, **options)
         run.wait(20)
         arguments = json.loads((run.folder.path / "argv.json").read_text())
         assert arguments[0] == first
@@ -84,6 +84,7 @@ def test_what_the_launcher_is_told(start: Start, monkeypatch: pytest.MonkeyPatch
         assert arguments[arguments.index("--run_dir") + 1] == str(run.folder.path)
         if "machines" in options:
             assert arguments[1:3] == ["--num_nodes=2", "--num_gpus=2"]
+            assert str(note) not in arguments
 
 
 def test_finishes(start: Start, tmp_path: Path) -> None:

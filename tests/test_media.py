@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import bomb, picture
 from diffusion_trainer.utils.buckets import Bucket
-from diffusion_trainer.utils.cache import mask_on_grid
+from diffusion_trainer.utils.encoding import mask_on_grid
 from diffusion_trainer.utils.media import (
     Source,
     UnreadableMedia,

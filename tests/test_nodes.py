@@ -10,20 +10,10 @@ from pathlib import Path
 import pytest
 from diffusion_trainer.diffusion_nodes import comfy, files
 from diffusion_trainer.diffusion_nodes.config import OPTIMIZER_TAKES
-from diffusion_trainer.diffusion_nodes.deferred import real
-from diffusion_trainer.diffusion_nodes.run_config import SET_ELSEWHERE
-from diffusion_trainer.diffusion_nodes.schema import Widget, can_be_typed
-from diffusion_trainer.diffusion_nodes.train import RUN_OPTIONS
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts.workflow import widget_names
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.environment import Environment
 from diffusion_trainer.utils.settings import (
-    DatasetSettings,
-    Lora,
-    Optimizer,
-    Sampling,
-    TrainSettings,
     parse_dataset_settings,
     parse_train_settings,
 )
@@ -203,20 +193,6 @@ def test_samples_are_asked_for_by_prompt():
     assert sample["prompts"] == ["a cat, sitting", "[a] dog"]
     assert (sample["every_n_epochs"], sample["steps"], sample["guidance"]) == (1, 4, 5.0)
     assert "every_n_steps" not in sample
-
-
-def test_every_option_is_an_input_somewhere():
-    """A new option of the settings needs no node of its own: the two "More" nodes and the model nodes take it in."""
-    covered = {}
-    for cls in map(real, NODES.values()):
-        for entry in {**getattr(cls, "REQUIRED", {}), **getattr(cls, "OPTIONAL", {})}.values():
-            if isinstance(entry, Widget):
-                covered.setdefault(entry.table, set()).add(entry.key)
-    tables = {TrainSettings: {*RUN_OPTIONS, *SET_ELSEWHERE}, Lora: {"type"}, Sampling: set(), Optimizer: {"betas"},
-              DatasetSettings: {"num_repeats", "frame_buckets", "ar_buckets"}, Environment: set()}  # fmt: skip
-    for table, elsewhere in tables.items():
-        typed = {key for key, field in table.model_fields.items() if can_be_typed(field)}
-        assert typed - covered.get(table, set()) - elsewhere - {"type"} == set(), table
 
 
 def test_more_settings_add_to_the_advanced_ones():

@@ -9,9 +9,9 @@ import pytest
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.models.base import Batch
+from diffusion_trainer.utils.assembly import Assembled, Assembly
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.partitioning import layer_costs, partition
-from diffusion_trainer.utils.trainer import Trainer
 from training import Bench
 
 
@@ -39,13 +39,13 @@ def test_flux_at_its_real_size_is_cut_by_time_not_by_weights() -> None:
 def test_every_family_can_be_measured(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a real training, which then goes on with what it has."""
     found: list[list[int]] = []
-    build = Trainer._build
+    build = Assembly.build
 
-    def measured(self: Trainer) -> Any:
+    def measured(self: Assembly) -> Assembled:
         found.append(self._costs(self.family.build_denoiser()))
         return build(self)
 
-    monkeypatch.setattr(Trainer, "_build", measured)
+    monkeypatch.setattr(Assembly, "build", measured)
     Bench(tmp_path, name).train(max_steps=1)
     (costs,) = found
     assert sum(cost > 0 for cost in costs) >= 3

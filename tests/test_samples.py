@@ -6,7 +6,9 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from diffusion_trainer.utils.config import SettingsError
+from diffusion_trainer.models import families
+from diffusion_trainer.train import main
+from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.run_folder import RunFolder
 from diffusion_trainer.utils.samples import save
 from diffusion_trainer.utils.settings import family_of, parse_train_settings
@@ -118,6 +120,19 @@ def test_wrong_tables_are_refused(bench: Bench, sample: dict, message: str) -> N
     with pytest.raises(SettingsError) as caught:
         bench.train(sample={**SAMPLE, **sample})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "takes"), [("flux", True), ("sdxl", False), ("wan", False)])
+def test_pictures_that_a_model_would_ignore_are_refused_with_the_settings(
+    kind: str, takes: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"model": families()[kind].write_miniature(tmp_path / "model"), "adapter": {"type": "lora"},
+              "optimizer": {"type": "adamw", "lr": 1e-4},
+              "sample": {"prompts": ["a ball"], "images": ["/first.png"], "every_n_epochs": 1}}  # fmt: skip
+    write_toml(tmp_path / "train.toml", values)
+    assert main(["--config", str(tmp_path / "train.toml"), "--check_config"]) == (0 if takes else 2)
+    said = capsys.readouterr().err
+    assert ("draws from prompts alone and starts from no picture; leave images out" in said) != takes
 
 
 def test_clips_are_videos(tmp_path: Path) -> None:

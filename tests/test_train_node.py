@@ -273,6 +273,16 @@ def test_bad_input_leaves_nothing(base: Path, behave: Callable[..., None], input
     assert not launch.running()
 
 
+def test_a_picture_for_a_model_that_draws_without_leaves_nothing(
+    base: Path, behave: Callable[..., None], tmp_path: Path
+) -> None:
+    sample = {"prompts": ["a ball"], "images": ["/first.png"], "every_n_epochs": 1}
+    config = train_config(model=families()["sdxl"].write_miniature(tmp_path / "sdxl"), sample=sample)
+    with pytest.raises(SettingsError, match=r"sample\.images: this SDXL model .* leave images out"):
+        train(config=config)
+    assert not RunFolder.all(base / "output" / "training")
+
+
 def test_missing_deepspeed(base: Path, behave: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"DeepSpeed is not installed.*-m pip install -r .*requirements.txt"):

@@ -9,6 +9,7 @@ Shape legend: M rows (tokens of all samples), I inputs, O outputs, R rank, K ker
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ class Shape:
         return _CONVOLUTIONS[len(self.kernel) - 1](x, shaped, None, self.stride, self.padding, self.dilation)
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """An addition to one layer."""
 
     shape: Shape
@@ -72,17 +73,17 @@ class Adapter(nn.Module):
         """Factor of the addition: alpha / rank."""
         return self.alpha / self.rank
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """What is added to the layer's weight, as a matrix (O, I K), fp32."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the layer's output."""
         return self.shape.apply(x, self.delta().to(x.dtype))
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """The weights by the last part of their key, in the shapes that files have."""
-        raise NotImplementedError
 
 
 class Lora(Adapter):

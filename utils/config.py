@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,9 @@ class SettingsError(ValueError):
 class Table(BaseModel):
     """A TOML table: unknown keys are refused, defaults are checked like values."""
 
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Options that older files have and that decide nothing here, with what the user is told of each."""
+
     model_config = ConfigDict(
         extra="forbid", validate_default=True, protected_namespaces=(), use_attribute_docstrings=False,
         defer_build=True,  # ComfyUI loads the package at every start, but rarely validates anything
@@ -43,6 +46,9 @@ class Table(BaseModel):
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
+        for name in cls.unused.keys() & values.keys():
+            logger.warning("%s: not used; %s", name, cls.unused[name])
+            del values[name]
         for name, field in cls.model_fields.items():
             for other in other_names(field):
                 if other not in values:
@@ -62,7 +68,9 @@ def option(
     advanced: bool = False,
     multiline: bool = False,
     lines: bool = False,
+    spaces: bool = False,
     picker: str | None = None,
+    ui_min: float | None = None,
     ui_max: float | None = None,
     ui_off: float | None = None,
     also: tuple[str, ...] = (),
@@ -76,14 +84,17 @@ def option(
         advanced: Most people never touch it.
         multiline: A text box instead of a line.
         lines: The same for a list of texts, one on each line.
+        spaces: Spaces at its ends mean something.
         picker: The ComfyUI model folder whose files are offered for this path.
+        ui_min: Smallest value that the widget offers when the setting itself has no lower bound.
         ui_max: Largest value that the widget offers when the setting itself has no upper bound.
         ui_off: The widget's value that leaves the setting out, where 0 means something else.
         also: Names that files of other versions have for it.
         constraints: pydantic's own (``ge``, ``gt``, ``le``, ``alias`` ...).
     """
-    widget = {"step": step, "advanced": advanced, "multiline": multiline or lines, "lines": lines, "picker": picker,
-              "ui_max": ui_max, "ui_off": ui_off}  # fmt: skip
+    widget = {"step": step, "advanced": advanced, "multiline": multiline or lines, "lines": lines, "spaces": spaces,
+              "picker": picker,
+              "ui_min": ui_min, "ui_max": ui_max, "ui_off": ui_off}  # fmt: skip
     extra: Any = {"widget": {key: value for key, value in widget.items() if value not in (None, False)}, "also": also}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
 

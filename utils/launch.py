@@ -214,7 +214,8 @@ def start(
         gpus: Which GPUs; left out, the first ones of those visible.
         env: Added to the environment of the trainer.
         master_port: Where the processes meet; left out, at a free port.
-        machines: The launcher's arguments that name several machines, each with ``num_gpus`` GPUs.
+        machines: The script's arguments that name several machines, each with ``num_gpus`` GPUs; the script then
+            starts itself on each of them (`machines.py`), and DeepSpeed's launcher is not used here.
         allow_shared: Start although another run uses the same GPUs.
         script: What the launcher runs on each GPU.
         launcher: Python's arguments before the script.
@@ -234,9 +235,13 @@ def start(
         others = running()
         _refuse_conflicts(folder, used, others, allow_shared)
         list(folder.take_requests())
-        port = master_port or free_port(avoid={run.port for run in others})
-        which = [*machines, f"--num_gpus={num_gpus}"] if machines else _which(num_gpus, used if selection else ())
-        arguments = _arguments(folder, which, port, resume, script, launcher)
+        if machines:  # a port that is free on the first of them is found there
+            port, launcher = master_port or 0, ()
+            which = [*machines, f"--num_gpus={num_gpus}", *([f"--master_port={port}"] if port else [])]
+        else:
+            port = master_port or free_port(avoid={run.port for run in others})
+            which = [*_which(num_gpus, used if selection else ()), f"--master_port={port}"] if launcher else []
+        arguments = _arguments(folder, which, resume, script, launcher)
         run = _spawn(folder, arguments, environment, used, identity, port)
         try:
             registry.write(run.path, asdict(run))
@@ -284,12 +289,12 @@ def _which(num_gpus: int, include: Sequence[int]) -> list[str]:
 
 
 def _arguments(
-    folder: RunFolder, which: Sequence[str], port: int, resume: str | None, script: Path, launcher: Sequence[str]
+    folder: RunFolder, which: Sequence[str], resume: str | None, script: Path, launcher: Sequence[str]
 ) -> list[str]:
+    ours = [*launcher, *which, str(script)] if launcher else [str(script), *which]
     return [
-        sys.executable, "-P", *launcher,  # -P: a module of the working folder must not stand in for a library
-        *([*which, f"--master_port={port}"] if launcher else []),
-        str(script), "--deepspeed", "--config", str(folder.train_toml.resolve()),
+        sys.executable, "-P", *ours,  # -P: a module of the working folder must not stand in for a library
+        "--deepspeed", "--config", str(folder.train_toml.resolve()),
         "--run_dir", str(folder.path.resolve()),
         *(["--resume_from_checkpoint", resume] if resume else []),
     ]  # fmt: skip

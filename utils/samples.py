@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -57,10 +57,7 @@ def requests_of(
     Raises:
         SettingsError: A picture to start from cannot be read.
     """
-    width, height = (_nearest(side, family.size_multiple, 0) for side in (settings.width, settings.height))
-    frames = 1
-    if family.fps and settings.frames > 1:
-        frames = _nearest(settings.frames, family.frame_multiple, family.frame_remainder)
+    width, height, frames = size_of(settings, family)
     if (width, height) != (settings.width, settings.height):
         logger.info("sample: drawn at %dx%d, which the model takes", width, height)
     requests = []
@@ -83,6 +80,15 @@ def requests_of(
     return requests
 
 
+def size_of(settings: Sampling, family: Family) -> tuple[int, int, int]:
+    """Width, height and frames of what is drawn, which the family has."""
+    width, height = (_nearest(side, family.size_multiple, 0) for side in (settings.width, settings.height))
+    frames = 1
+    if family.fps and settings.frames > 1:
+        frames = _nearest(settings.frames, family.frame_multiple, family.frame_remainder)
+    return width, height, frames
+
+
 def _nearest(value: int, multiple: int, remainder: int) -> int:
     """The number nearest to ``value`` that is some multiples and the remainder, at least one of either."""
     return max(0 if remainder else 1, round((value - remainder) / multiple)) * multiple + remainder
@@ -96,14 +102,28 @@ def _opened(media: Media) -> Image.Image:
         raise SettingsError(f"sample.images: '{media.source.path}' cannot be read ({error})") from None
 
 
+def check_images(settings: Sampling, family: Family) -> None:
+    """Sees that the model draws from pictures if there are any; after `Family.check_files`.
+
+    Raises:
+        SettingsError: It does not, or it needs one and there is none.
+    """
+    if settings.images and not family.starts_from_pictures:
+        raise SettingsError(
+            f"sample.images: this {family.title} model draws from prompts alone and starts from no picture; leave "
+            "images out"
+        )
+    if settings.prompts and not settings.images and not family.takes_pictures:
+        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+
+
 def find_images(settings: Sampling, index: Index, family: Family) -> list[Media]:
     """The pictures of the settings.
 
     Raises:
-        SettingsError: One is missing or cannot be read, or the family draws from pictures and there is none.
+        SettingsError: One is missing or cannot be read, or they do not go together with the family.
     """
-    if settings.prompts and not settings.images and not family.takes_pictures:
-        raise SettingsError(f"sample.images: this {family.title} model draws from a first frame; give a picture")
+    check_images(settings, family)
     found = []
     for path in settings.images:
         file = os.path.abspath(os.path.expanduser(path))
@@ -137,9 +157,14 @@ class Previews:
     def __bool__(self) -> bool:
         return bool(self._requests)
 
-    def draw(self) -> list[list[Image.Image]]:
-        """The frames of each request, in order, on rank 0; elsewhere nothing."""
-        started, drawn = time.monotonic(), dict[int, list[Image.Image]]()
+    def draw(self, tell: Callable[[int, int], None] = lambda *_: None) -> list[list[Image.Image]]:
+        """The frames of each request, in order, on rank 0; elsewhere nothing.
+
+        Args:
+            tell: Hears how many requests are done, and of how many.
+        """
+        started, drawn, total = time.monotonic(), dict[int, list[Image.Image]](), len(self._requests)
+        tell(0, total)
         with self._live.ready():
             pipeline = self._family.pipeline(self._live, self._world.device, text_encoders=False)
             pipeline.set_progress_bar_config(disable=True)
@@ -149,6 +174,7 @@ class Previews:
                 frames = self._draw_one(pipeline, self._requests[number % len(self._requests)])
                 if number < len(self._requests):
                     drawn[number] = frames
+                tell(min(total, (turn + 1) * self._num_replicas), total)
             del pipeline
         self._let_go()
         everything = {number: frames for part in self._world.gather(drawn) for number, frames in part.items()}
