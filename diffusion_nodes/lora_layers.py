@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
 from ..utils.adapter_layers import Adapter, Lora, Shape
+from .lora_recompute import Recomputed, on_copies
 
 _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
@@ -276,10 +276,10 @@ def attached(
             put(module, "forward", Layer(module, shape, adapters.get(name)))
         for module in model.modules():
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
-                put(module, "forward", partial(_on_copies, module.forward))
+                put(module, "forward", partial(on_copies, module.forward))
         if checkpointing:
             for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
-                put(block, "forward", partial(_Recomputed.run, block.forward))
+                put(block, "forward", partial(Recomputed.run, block.forward))
         yield
 
 
@@ -318,91 +318,3 @@ def _outside_inference(value: Tensor | None) -> Tensor | None:
     plain = torch.empty(0, dtype=value.dtype, device=value.device)
     plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]
     return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
-
-
-class _Recomputed:
-    """One call of a block that keeps its inputs and computes the rest again in backward.
-
-    As torch.utils.checkpoint, but with a third of its work for each tensor that a block keeps, which is what small
-    models spend their time on.
-    """
-
-    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.forward, self.kwargs = partial(_on_copies, forward), kwargs
-        self.others = [None if isinstance(value, Tensor) else value for value in args]
-        self.at = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
-        start = torch.empty(0, requires_grad=True)  # makes autograd keep the inputs, by its own rules
-        self.inputs: Any = _Held.apply(start, *(args[index] for index in self.at)).grad_fn
-        self.sizes: list[tuple[Any, torch.dtype]] = []
-        self.again: list[Tensor | None] | None = None
-
-    @classmethod
-    def run(cls, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What a block makes of its inputs."""
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        call = cls(forward, args, kwargs)
-        with saved_tensors_hooks(call._count, call._value):
-            return call.forward(*args, **kwargs)
-
-    def _count(self, value: Tensor) -> int:
-        self.sizes.append((value.shape, value.dtype))
-        return len(self.sizes) - 1
-
-    def _value(self, index: int) -> Tensor:
-        if self.again is None:
-            self._compute_again()
-        assert self.again is not None
-        value, self.again[index] = self.again[index], None
-        assert value is not None, "nothing is asked for twice"
-        return value
-
-    def _compute_again(self) -> None:
-        args = list(self.others)
-        for index, value in zip(self.at, self.inputs.saved_tensors, strict=True):
-            args[index] = value
-        self.again = []
-        with torch.enable_grad(), saved_tensors_hooks(self._keep, _never), suppress(_Enough):
-            self.forward(*args, **self.kwargs)
-        self.inputs = self.kwargs = self.others = None
-        if len(self.again) != len(self.sizes):
-            raise RuntimeError(_UNLIKE)
-
-    def _keep(self, value: Tensor) -> None:
-        assert self.again is not None
-        if (value.shape, value.dtype) != self.sizes[len(self.again)]:
-            raise RuntimeError(_UNLIKE)
-        self.again.append(value.detach())
-        if len(self.again) == len(self.sizes):
-            raise _Enough
-
-
-class _Held(torch.autograd.Function):
-    """Keeps tensors for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, start: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return start.detach()
-
-
-class _Enough(Exception):  # no error
-    """All that backward needs of a block is there; what the block computes after it is not needed again."""
-
-
-_UNLIKE = ("gradient_checkpointing: a block of this model computes something else when it is called again; "
-           "switch it off")  # fmt: skip
-
-
-def _never(_: None) -> Tensor:
-    raise AssertionError("nothing goes backward through what is computed again")
-
-
-def _on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Models add to their residual in place, although a norm before it needs it as it was for its gradient, and a
-    block that is computed again must start from the same input."""
-    return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if type(value) is Tensor and value.is_floating_point() else value
