@@ -23,6 +23,7 @@ from ..utils.environment import Environment
 from ..utils.failure import log_tail
 from ..utils.machines import read_hostfile
 from ..utils.processes import ProcessError
+from ..utils.progress import amount
 from ..utils.run_folder import ENDED, RunFolder, Status, duration
 from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
 from . import comfy, files
@@ -276,18 +277,25 @@ def describe(status: Status) -> str:
     if status.state in ENDED:
         return status.state
     if status.state == "training":
-        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [status.phase])]
+        parts = [f"step {status.step}/{status.total_steps}", *filter(None, [_phase(status)])]
         if status.loss is not None:
             parts.append(f"loss {status.loss:.3g}")
         if status.seconds_per_step is not None:
             parts.append(f"{status.seconds_per_step:.2g} s/step")
         parts += [f"{name} {loss:.3g}" for name, loss in status.eval_losses.items()]
     else:
-        count = f" {status.phase_done}/{status.phase_total}" if status.phase_total else ""
-        parts = [(status.phase or status.state) + count]
+        parts = [_phase(status) or status.state]
     if status.eta is not None:
         parts.append(f"{duration(status.eta)} left")
     return " · ".join(parts)
+
+
+def _phase(status: Status) -> str:
+    """``encoding pictures 50/200``, ``loading the model 3.2/23.8 GB, 1.1 GB/s``; nothing between phases."""
+    if not status.phase_total:
+        return status.phase
+    seconds_left = None if status.state == "training" else status.eta
+    return f"{status.phase} {amount(status.phase_done, status.phase_total, status.phase_unit, seconds_left)}"
 
 
 def _result(run: launch.Run, outcome: launch.Outcome | None, node_id: str | None) -> tuple[str, str, str, str]:

@@ -21,7 +21,7 @@ from pydantic import model_validator
 
 from ..utils.config import Dtype, Table, option
 from ..utils.imports import lazy
-from ..utils.weights import fill
+from ..utils.weights import fill, held_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -210,6 +210,9 @@ class Family(ABC):
     """Names of the text encoders, each cached by itself."""
     adapter_blocks: ClassVar[tuple[str, ...]]
     """Class names of the blocks whose linear layers get an adapter unless the user says otherwise."""
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """Linear layers that are given the same tensor one after the other, by the ends of their names; with a LoRA they
+    are computed together."""
     model_folder: ClassVar[str] = "diffusion_models"
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
@@ -372,6 +375,10 @@ class Family(ABC):
         denoiser = denoiser or self.build_denoiser()
         fill(denoiser, read or self.denoiser_reader(), self.dtype, device, self.float32, self.storage, only)
         return denoiser
+
+    def denoiser_bytes(self, denoiser: nn.Module, only: Container[nn.Parameter] | None = None) -> int:
+        """What `load_denoiser` takes on the device, called with the same."""
+        return held_bytes(denoiser, self.dtype, self.float32, self.storage, only)
 
     @abstractmethod
     def layers(self, denoiser: nn.Module) -> list[Layer]:

@@ -152,6 +152,7 @@ class Flux(FlowFamily):
     size_multiple = 16
     max_controls = 1
     text_encoders = ("clip", "t5")
+    shared_inputs = (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"))
     adapter_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     high_precision = ("^time_text_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out")
 

@@ -187,6 +187,11 @@ class SDXL(Family):
     size_multiple = 16
     model_folder = "checkpoints"
     text_encoders = ("clip_l", "clip_g")
+    shared_inputs = (
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    )
     adapter_blocks = (
         "DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D",
         "CLIPEncoderLayer",

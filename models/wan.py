@@ -142,6 +142,11 @@ class Wan(FlowFamily):
     config: WanConfig
     fps: float | None = 16.0
     text_encoders = ("umt5",)
+    shared_inputs = (
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+        ("attn2.add_k_proj", "attn2.add_v_proj"),
+    )
     adapter_blocks = ("WanTransformerBlock",)
     float32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
     high_precision = ("^condition_embedder", "^proj_out")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusion_trainer.diffusion_nodes.train import describe
 from diffusion_trainer.utils.control import Control
 from diffusion_trainer.utils.run_folder import Command, RunFolder, Status
 from training import Bench, Result, free_port, world
@@ -126,13 +127,71 @@ def test_every_phase_has_a_bar_and_the_time_left(tmp_path: Path, monkeypatch: py
     ]
 
 
+def test_bytes_have_a_unit_and_a_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    folder = RunFolder(tmp_path)
+    control = Control(world(), folder, Status(state="caching"))
+    with caplog.at_level("INFO", "diffusion_trainer"):
+        control.progress("loading the model")
+        now[0] += 12
+        control.progress("loading the model", 6_000_000_000, 24_000_000_000, "bytes")
+    bar = "[#####---------------]"
+    assert caplog.records[-1].getMessage() == f"loading the model {bar} 6.0/24.0 GB, 0.5 GB/s, 36 s left"
+    assert describe(folder.read_status()) == "loading the model 6.0/24.0 GB, 0.5 GB/s · 36 s left"
+
+
+class Recorded(RunFolder):
+    """A run folder that keeps what is said of the phases."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.said = list[tuple[str, int, int]]()
+
+    def write_status(self, status: Status) -> None:
+        self.said.append((status.phase, status.phase_done, status.phase_total))
+        super().write_status(status)
+
+
+def test_weights_are_counted_as_they_are_read(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Recorded(RunFolder.create(bench.root / "out").path)
+    monkeypatch.setattr(Control, "say", said_at_once)
+    bench.train(folder, max_steps=1, regenerate_cache=True, sample={"prompts": ["a cat", "a dog"]},
+                blocks_to_swap=1, model={"transformer_dtype": "nf4"})  # fmt: skip
+    for phase in ("loading the picture encoder", "loading text encoder clip", "loading text encoder t5",
+                  "loading the model", "drawing samples"):  # fmt: skip
+        counts = [(done, total) for name, done, total in folder.said if name == phase and total]
+        assert len({total for _, total in counts}) == 1, phase
+        assert [done for done, _ in counts] == sorted(done for done, _ in counts)
+        assert counts[-1][0] == counts[-1][1] > 0, phase
+        assert len(counts) > 2, phase
+
+
+def said_at_once(control: Control, now: bool = False, **changes: object) -> None:
+    SAY(control, True, **changes)
+
+
+SAY = Control.say
+
+
+def test_loading_the_model_can_be_cancelled(bench: Bench) -> None:
+    class Cancelled(RunFolder):
+        def take_requests(self) -> Iterator[Command]:
+            if self.read_status().phase == "loading the model":
+                yield "save_quit"
+
+    result = bench.train(Cancelled(RunFolder.create(bench.root / "out").path))
+    assert (result.status.state, result.status.step, result.status.exports) == ("stopped", 0, [])
+
+
 RANK = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import conftest
 from pathlib import Path
+from diffusion_trainer.diffusion_nodes.train import describe
 from diffusion_trainer.utils.control import Control
-from diffusion_trainer.utils.index import Stopped
+from diffusion_trainer.utils.progress import Stopped
 from diffusion_trainer.utils.run_folder import RunFolder, Status
 from diffusion_trainer.utils.world import join_world
 

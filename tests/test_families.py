@@ -13,7 +13,10 @@ import pytest
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.models.base import Example, Family, SampleRequest
+from diffusion_trainer.utils.adapted import adapted_layers
+from diffusion_trainer.utils.adapters import inject, target_names
 from diffusion_trainer.utils.config import read_toml, validate, write_toml
+from diffusion_trainer.utils.settings import Lora
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +204,27 @@ def test_names_in_the_attributes_exist(table):
     names = [name for name, _ in denoiser.named_parameters()]
     for pattern in family.high_precision:
         assert any(re.search(pattern, name) for name in names), pattern
+
+
+def test_layers_of_a_module_that_share_their_input_are_declared(table):
+    family = load(table)
+    denoiser, batch = family.load_denoiser(CPU), family.collate(examples(family))
+    given: dict[tuple[str, int], set[str]] = {}
+    held = []
+
+    def note(name: str, inputs: tuple) -> None:
+        held.append(inputs[0])  # so that its id stays its own
+        given.setdefault((name.rpartition(".")[0], id(inputs[0])), set()).add(name)
+
+    targets = set(target_names(denoiser, family, validate(Lora, {"type": "lora", "rank": 2})))
+    for name in targets:
+        denoiser.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs))
+    with torch.no_grad():
+        run(family.layers(denoiser), batch.inputs)
+    together: dict[object, set[str]] = {}
+    for name, layer in adapted_layers(inject(denoiser, family, validate(Lora, {"type": "lora", "rank": 2}), 0)).items():
+        together.setdefault(layer.together, set()).add(name)
+    assert {frozenset(names) for names in together.values()} == {frozenset(names) for names in given.values()}
 
 
 def test_settings_survive_a_round_trip(table, tmp_path):

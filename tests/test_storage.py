@@ -1,11 +1,13 @@
 """Weights stored in fewer bits: how far from the original, and that training through them works."""
 
+from collections.abc import Callable
+
 import bitsandbytes
 import pytest
 import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.utils import kernels
-from diffusion_trainer.utils.lora_linear import lora_linear
+from diffusion_trainer.utils.lora_linear import lora_linears
 from diffusion_trainer.utils.settings import family_of, parse_train_settings
 from diffusion_trainer.utils.storage import (
     DTYPES,
@@ -108,7 +110,9 @@ def test_scaled_float8_files_keep_their_bits(tmp_path, scales: int) -> None:
 @pytest.mark.parametrize("name", [*DTYPES, "bfloat16"])
 def test_model_is_stored_as_asked(bench: Bench, name: str) -> None:
     family = family_of(parse_train_settings(bench.settings(model={"transformer_dtype": name})))
+    expected = family.denoiser_bytes(family.build_denoiser())
     denoiser = family.load_denoiser(CPU)
+    assert sum(p.nbytes for p in denoiser.parameters()) == expected
     blocks = [p for n, p in denoiser.named_parameters() if "blocks." in n and n.endswith("weight") and p.ndim == 2]
     assert {p.dtype for p in blocks} == {Storage.named(name).dtype}
     outside = [p for n, p in denoiser.named_parameters() if "blocks." not in n or p.ndim == 1]
@@ -166,7 +170,7 @@ def test_quantised_products(quantised, dtype: torch.dtype, error: float, bias: b
     weight = random(48, 96, seed=1) * torch.logspace(-0.5, 0.5, 48)[:, None]
     offset = random(48, seed=4) if bias else None
     stored, scale = quantise(weight, dtype)
-    output = stored_linear(x, stored, scale, offset)
+    output = stored_linear(x, None, None, stored, scale, offset)
     exact = x @ weight.t() + (0 if offset is None else offset)
     (ours,) = torch.autograd.grad(output, x, grad)
     assert far_rows(output, exact) < error
@@ -178,26 +182,68 @@ def far_rows(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours - exact).norm(dim=1) / exact.norm(dim=1)).max().item()
 
 
+class Adapted(torch.nn.Module):
+    """Layers of one input with LoRA, and what they should give."""
+
+    def __init__(self, dtype: torch.dtype, layers: int) -> None:
+        super().__init__()
+        self.exact = [random(48, 96, seed=10 + n) for n in range(layers)]
+        self.stored, self.scales = zip(*(quantise(weight, dtype) for weight in self.exact), strict=True)
+        self.biases = [random(48, seed=20 + n) for n in range(layers)]
+        self.downs = [random(4, 96, seed=30 + n, requires_grad=True) for n in range(layers)]
+        self.ups = [random(48, 4, seed=40 + n, requires_grad=True) for n in range(layers)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs = lora_linears(x * 2, self.stored, self.scales, self.biases, self.downs, self.ups)
+        return torch.stack([output * (n + 1) for n, output in enumerate(outputs)])
+
+    def expected(self, x: torch.Tensor) -> torch.Tensor:
+        layers = zip(self.exact, self.biases, self.downs, self.ups, strict=True)
+        values = (2 * x @ weight.t() + bias + 2 * x @ down.t() @ up.t() for weight, bias, down, up in layers)
+        return torch.stack([value * (n + 1) for n, value in enumerate(values)])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [FLOAT8, torch.int8])
-def test_quantised_lora(quantised, dtype: torch.dtype) -> None:
-    x, weight, bias = random(64, 96, requires_grad=True), random(48, 96, seed=1), random(48, seed=2)
-    down, up = random(4, 96, seed=3, requires_grad=True), random(48, 4, seed=4, requires_grad=True)
-    stored, scale = quantise(weight, dtype)
-    output, _ = lora_linear(x, stored, scale, bias, down, up)
-    exact = x @ weight.t() + bias + x @ down.t() @ up.t()
-    grad = random(64, 48, seed=5)
-    assert far_rows(output, exact) < 0.05
+def test_quantised_lora(quantised, dtype: torch.dtype, layers: int) -> None:
+    model, x, grad = Adapted(dtype, layers), random(64, 96, requires_grad=True), random(layers, 64, 48, seed=5)
+    inputs = (x, *model.downs, *model.ups)
+    output, exact = model(x), model.expected(x)
+    assert far_rows(output.flatten(0, 1), exact.flatten(0, 1)) < 0.05
     for ours, reference in zip(
-        torch.autograd.grad(output, (x, down, up), grad), torch.autograd.grad(exact, (x, down, up), grad), strict=True
+        torch.autograd.grad(output, inputs, grad), torch.autograd.grad(exact, inputs, grad), strict=True
     ):
         assert far_rows(ours, reference) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [FLOAT8, torch.int8])
+def test_compiled_code_quantises_by_itself(quantised, dtype: torch.dtype) -> None:
+    """The same as the operators do, but in the kernels that compute what is quantised."""
+    model, x, grad = Adapted(dtype, 2), random(64, 96, requires_grad=True), random(2, 64, 48, seed=5)
+    inputs = (x, *model.downs, *model.ups)
+
+    def run(call: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], set[str]]:
+        with torch.profiler.profile() as profile:
+            values = [output := call(x), *torch.autograd.grad(output, inputs, grad)]
+        return values, {event.key for event in profile.key_averages()}
+
+    eager, of_eager = run(model)
+    compiled = torch.compile(model, fullgraph=True)
+    run(compiled)
+    ours, of_ours = run(compiled)
+    assert "aten::amax" in of_eager
+    assert "aten::amax" not in of_ours
+    for value, reference in zip(ours, eager, strict=True):
+        assert far_rows(value.flatten(0, -2), reference.flatten(0, -2)) < 0.02
 
 
 def test_few_rows_are_multiplied_exactly(quantised) -> None:
     weight = random(48, 96)
     stored, scale = quantise(weight, FLOAT8)
     x = random(4, 96)
-    torch.testing.assert_close(stored_linear(x, stored, scale, None), x @ convert(stored, scale, torch.float32).t())
+    torch.testing.assert_close(
+        stored_linear(x, None, None, stored, scale, None), x @ convert(stored, scale, torch.float32).t()
+    )
 
 
 def test_training_with_quantised_products(bench: Bench) -> None:
@@ -212,8 +258,8 @@ def test_training_with_quantised_products(bench: Bench) -> None:
 def test_operators_are_well_formed(name: str) -> None:
     stored, scale = quantise(random(48, 96), DTYPES[name])
     x = random(64, 96, requires_grad=True)
-    torch.library.opcheck(torch.ops.diffusion_trainer.stored_linear.default, (x, stored, scale, random(48)))
-    assert stored_linear_backward(random(64, 48), stored, scale).shape == (64, 96)
+    torch.library.opcheck(torch.ops.diffusion_trainer.stored_linear.default, (x, None, None, stored, scale, random(48)))
+    assert stored_linear_backward(random(64, 48), None, None, stored, scale).shape == (64, 96)
 
 
 @pytest.mark.gpu
@@ -254,7 +300,7 @@ def test_quantised_products_on_the_gpu(quantised, width: tuple[int, int], dtype:
     x = random(4608, inputs).cuda().bfloat16().requires_grad_()
     weight, bias = (random(outputs, inputs, seed=1) * 0.02).cuda(), random(outputs).cuda().bfloat16()
     stored, scale = quantise(weight, dtype)
-    output = stored_linear(x, stored, scale, bias)
+    output = stored_linear(x, None, None, stored, scale, bias)
     grad = random(4608, outputs, seed=2).cuda().bfloat16()
     assert far_rows(output.float(), x.float() @ weight.t() + bias.float()) < error
     assert far_rows(torch.autograd.grad(output, x, grad)[0].float(), grad.float() @ weight) < error

@@ -1,10 +1,12 @@
 """A frozen layer with an adapter: how it computes, and what of it goes into a file.
 
-LoRA on a linear layer runs through `lora_linear`, whose two operators save passes over the large tensors.
+LoRA on a linear layer runs through `lora_linear`, whose two operators save passes over the large tensors, together
+with other layers that are given the same tensor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adapter_layers import Adapter, Lora, Shape
-from .lora_linear import lora_linear
+from .lora_linear import lora_linears
 from .storage import StoredLinear, convert
 
 
@@ -38,6 +40,7 @@ class Adapted(nn.Module):
         self.base_layer, self.adapter = base, adapter
         self.dropout, self.rank_dropout = dropout, rank_dropout
         self.magnitude = nn.Parameter(self._merged_length()) if decomposed else None
+        self.together, self.number = Together([self]), 0
 
     @property
     def weight(self) -> Any:
@@ -51,9 +54,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with what the adapter adds."""
-        dropping = self.training and (self.dropout or self.rank_dropout)
-        if self.magnitude is None and not dropping and isinstance(self.adapter, Lora) and not self.adapter.shape.kernel:
-            return self._fused(x, self.adapter)
+        if self.is_fused:
+            return self.together.output(self.number, x)
         added = self.adapter(F.dropout(x, self.dropout, self.training) if self.dropout else x)
         if self.rank_dropout and self.training:
             kept = torch.rand(self.adapter.shape.outputs, device=x.device) >= self.rank_dropout
@@ -66,12 +68,19 @@ class Adapted(nn.Module):
         output = (output + added) * factor
         return output if bias is None else output + bias
 
-    def _fused(self, x: Tensor, adapter: Lora) -> Tensor:
-        base: Any = self.base_layer
-        down, up = adapter.down.to(x.dtype), adapter.up.to(x.dtype)
-        up = up if adapter.scale == 1.0 else up * adapter.scale  # the small matrix instead of the large output
-        output, _ = lora_linear(x.flatten(0, -2), base.weight, getattr(base, "weight_scale", None), base.bias, down, up)
-        return output.view(*x.shape[:-1], output.shape[-1])
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layer and its adapter are computed by one operator: a LoRA, nothing dropped, no DoRA."""
+        dropping = self.training and (self.dropout or self.rank_dropout)
+        plain = isinstance(self.adapter, Lora) and not self.adapter.shape.kernel
+        return plain and not dropping and self.magnitude is None
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Of a LoRA: down and up with its scale, in ``dtype``."""
+        adapter: Any = self.adapter
+        up = adapter.up.to(dtype)
+        # The scale goes to the small matrix instead of the large output
+        return adapter.down.to(dtype), up if adapter.scale == 1.0 else up * adapter.scale
 
     def _along_outputs(self, value_O: Tensor) -> Tensor:
         return value_O.view(-1, *[1] * len(self.adapter.shape.kernel))
@@ -105,6 +114,42 @@ class Adapted(nn.Module):
         assert self.magnitude is not None
         frozen = frozen_weight(self.base_layer).flatten(1).norm(dim=1)
         self.magnitude.copy_(dora_scale.flatten().to(frozen) / frozen * self._merged_length())
+
+
+class Together:
+    """Layers that are given the same tensor one after the other: the first call computes the outputs of all.
+
+    A layer that is given another tensor after all is computed anew; that costs time and changes nothing.
+    """
+
+    def __init__(self, members: Sequence[Adapted]) -> None:
+        self._members = list(members)
+        self._of: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    @classmethod
+    def join(cls, layers: Sequence[Adapted]) -> None:
+        """Has ``layers`` computed together, if that is possible."""
+        together = cls(layers)
+        if len({layer.weight.dtype for layer in layers}) == 1 and all(layer.is_fused for layer in layers):
+            for number, layer in enumerate(layers):
+                layer.together, layer.number = together, number
+
+    def output(self, number: int, x: Tensor) -> Tensor:
+        """The output of one of the layers for ``x``."""
+        if self._of is not x or number not in self._outputs:
+            self._of, self._outputs = x, dict(enumerate(self._compute(x)))
+        output = self._outputs.pop(number)
+        if not self._outputs:
+            self._of = None
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        bases: list[Any] = [member.base_layer for member in self._members]
+        downs, ups = zip(*(member.matrices(x.dtype) for member in self._members), strict=True)
+        scales = [getattr(base, "weight_scale", None) for base in bases]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        return lora_linears(x.flatten(0, -2), weights, scales, biases, downs, ups)
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.base import Family
-from .adapted import Adapted, shapes_of
+from .adapted import Adapted, Together, adapted_layers, shapes_of
 from .adapter_files import Addition, read_additions
 from .adapter_layers import Adapter, Loha, Lokr, Lora, Shape
 from .config import SettingsError
@@ -62,8 +62,17 @@ def inject(
             adapted.scale_rows(scale)
         owner, _, leaf = name.rpartition(".")
         setattr(denoiser.get_submodule(owner), leaf, adapted.train(base.training))
+    _join(denoiser, family)
     logger.info("%s of rank %d on %d layers", settings.title, settings.rank, len(names))
     return denoiser
+
+
+def _join(denoiser: nn.Module, family: Family) -> None:
+    layers = adapted_layers(denoiser)
+    for group in family.shared_inputs:
+        owners = {name.removesuffix(end) for end in group for name in layers if f".{name}".endswith(f".{end}")}
+        for owner in owners:
+            Together.join([layers[owner + end] for end in group if owner + end in layers])
 
 
 def _adapter(settings: AdapterTable, name: str, shape: Shape, seed: int, existing: Addition | None) -> Adapter:
@@ -98,23 +107,21 @@ def target_names(denoiser: nn.Module, family: Family, settings: AdapterTable) ->
             if (settings.convolutions or not shape.kernel) and any(name.startswith(f"{block}.") for block in blocks)
         }
     else:
-        chosen = _named("adapter.target_modules", settings.target_modules, shapes)
+        chosen = _named("adapter.target_modules", settings.target_modules, shapes, family)
     if settings.exclude_modules:
-        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, shapes)
+        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, shapes, family)
     if not chosen:
         raise SettingsError("adapter.exclude_modules: no layer is left to get an adapter")
     return sorted(chosen)
 
 
-def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape]) -> set[str]:
-    """Layers whose name ends in an entry; where there is none, in whose name it is found as a regular expression."""
+def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape], family: Family) -> set[str]:
+    """Layers whose name ends in an entry; where there is none, in whose name it is found as a regular expression;
+    where there is none either, those that are so called in the exported file, as older files name them."""
     found: set[str] = set()
     for entry in entries:
-        matches = {name for name in layers if name == entry or name.endswith(f".{entry}")}
-        try:
-            matches = matches or {name for name in layers if re.search(entry, name)}
-        except re.error:
-            matches = set()
+        matches = _called(entry, {name: name for name in layers})
+        matches = matches or _called(entry, {family.lora_keys(name): name for name in layers})
         if not matches:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise SettingsError(
@@ -123,6 +130,15 @@ def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape]) -> 
             )
         found |= matches
     return found
+
+
+def _called(entry: str, layers: Mapping[str, str]) -> set[str]:
+    """Of ``layers``, by the name that is looked at."""
+    found = {layer for name, layer in layers.items() if name == entry or name.endswith(f".{entry}")}
+    try:
+        return found or {layer for name, layer in layers.items() if re.search(entry, name)}
+    except re.error:
+        return set()
 
 
 def _existing(denoiser: nn.Module, family: Family, settings: AdapterTable) -> dict[str, Addition]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from .adapters import inject
 from .cache import Cache
 from .checkpointing import Checkpointing
 from .config import SettingsError
+from .control import Control
 from .ema import Ema
 from .exports import Exporter
 from .finetune import choose_weights
@@ -28,12 +31,14 @@ from .offload import BlockSwap, swapped
 from .optimizers import build_optimizers, is_offloaded, keeps_kahan_sums
 from .partitioning import layer_costs, partition
 from .pipeline import Chain, Engine, Link, build_engine
+from .progress import Stopped
 from .release import ReleasedTrained
 from .run_folder import RunFolder
 from .sampler import Draw
 from .settings import TrainSettings
 from .sharding import ShardedTrained, Sharding
 from .trained import Share, Trained
+from .weights import counted
 from .world import World
 
 logger = logging.getLogger(__name__)
@@ -59,6 +64,7 @@ class Assembly:
     family: Family
     world: World
     folder: RunFolder
+    control: Control
     cache: Cache
     """Whose largest sample tells what each layer costs."""
 
@@ -67,8 +73,10 @@ class Assembly:
 
         Raises:
             SettingsError: These settings and this GPU, or these files, do not go together.
+            Stopped: The run was asked to end.
         """
         s = self.settings
+        self.control.report("loading the model")
         attention.choose(s.attention_backend, self.world.device)
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
@@ -120,9 +128,12 @@ class Assembly:
         links: Sequence[Layer | Link]
         if s.zero_stage >= 2:
             sharding = Sharding(self.world.device, self.family.dtype, s.zero_stage == 2, self.family.float32)
-            links = self._share_out(sharding, denoiser, layers, rates)
+            with self._loading(self.family.denoiser_bytes(denoiser)):
+                links = self._share_out(sharding, denoiser, layers, rates)
         else:
-            swap = self._load_weights(denoiser, layers, layers[bounds[stage] : bounds[stage + 1]])
+            mine = layers[bounds[stage] : bounds[stage + 1]]
+            with self._loading(self.family.denoiser_bytes(denoiser, _parameters(mine))):
+                swap = self._load_weights(denoiser, layers, mine)
             self._adapt(denoiser, rates)
             links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
             if swap:
@@ -144,6 +155,17 @@ class Assembly:
             memory_budget=s.activation_memory_budget,
         )
         return chain, sharding, owners_of(layers, bounds)
+
+    @contextmanager
+    def _loading(self, size: int) -> Iterator[None]:
+        """Says how far the reading of ``size`` bytes of weights is; all processes leave it together.
+
+        Raises:
+            Stopped: The run was asked to end.
+        """
+        with suppress(Stopped), counted(partial(self.control.progress, "loading the model", unit="bytes"), size):
+            yield
+        self.control.meet()
 
     @property
     def _drops(self) -> bool:

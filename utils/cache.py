@@ -22,8 +22,9 @@ from ..models.base import Family
 from .buckets import Bucket
 from .dataset import Sample, collector_off
 from .encoding import Encoder, Job, Picture, Text
-from .index import Media, Progress, Stopped
+from .index import Media
 from .media import UnreadableMedia
+from .progress import Progress, Stopped
 from .store import Store, Uses
 
 logger = logging.getLogger(__name__)

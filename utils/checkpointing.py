@@ -60,7 +60,7 @@ class Checkpointing:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._random, **kept)
 
 
-KEPT_NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "lora_linear", "stored_linear")
+KEPT_NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "lora_linears", "stored_linear")
 """Operators whose results are dear to compute again, besides attention."""
 
 

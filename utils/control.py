@@ -8,7 +8,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from .index import Stopped
+from .progress import Stopped, Unit, amount, bar
 from .run_folder import Command, RunFolder, Status, duration
 from .world import World
 
@@ -16,8 +16,6 @@ logger = logging.getLogger(__name__)
 
 SAVE, STOP, SAMPLE, PAUSE = 1, 2, 4, 8
 """What a step may be asked to do after it; what any rank was asked, all do."""
-BAR = 20
-"""Characters of a progress bar."""
 _MEANING: dict[Command, int] = {"save": SAVE, "save_quit": SAVE | STOP, "sample": SAMPLE, "resume": 0}
 
 
@@ -61,13 +59,13 @@ class Control:
         except OSError as error:
             logger.error("the status could not be written: %s", error)
 
-    def progress(self, phase: str, done: int = 0, total: int = 0) -> None:
+    def progress(self, phase: str, done: int = 0, total: int = 0, unit: Unit = "") -> None:
         """Says how far a phase before training is; ``total`` is 0 where it is not known.
 
         Raises:
             Stopped: The run was asked to end; the other ranks hear of it in their next call, or in `meet`.
         """
-        self.report(phase, done, total)
+        self.report(phase, done, total, unit)
         if self._world.rank == 0:
             for command in self._folder.take_requests():
                 self._asked |= _MEANING[command] & (STOP | SAMPLE)
@@ -80,8 +78,8 @@ class Control:
         if self._asked & STOP:
             raise Stopped
 
-    def report(self, phase: str, done: int = 0, total: int = 0) -> None:
-        """Says how far a phase is."""
+    def report(self, phase: str, done: int = 0, total: int = 0, unit: Unit = "") -> None:
+        """Says how far a phase is; while training, the time left stays that until the last step."""
         if self._world.rank != 0:
             return
         now = time.monotonic()
@@ -89,10 +87,11 @@ class Control:
         if is_new:
             self._phase_started = self._phase_said = now
         left = (now - self._phase_started) / done * (total - done) if done and not is_new else None
-        self.say(is_new, phase=phase, phase_done=done, phase_total=total, eta=left)
+        eta = self.status.eta if self.status.state == "training" else left
+        self.say(is_new, phase=phase, phase_done=done, phase_total=total, phase_unit=unit, eta=eta)
         if is_new or done == total or now - self._phase_said > 10:
             self._phase_said = now
-            logger.info("%s", _line(phase, done, total, left))
+            logger.info("%s", _line(phase, done, total, unit, left))
 
     def meet(self) -> None:
         """Waits for all ranks.
@@ -119,10 +118,9 @@ class Control:
         self._asked |= STOP
 
 
-def _line(phase: str, done: int, total: int, left: float | None) -> str:
+def _line(phase: str, done: int, total: int, unit: Unit, left: float | None) -> str:
     """``encoding pictures [#####---------------] 50/200, 30 s left``"""
     if not total:
         return phase
-    filled = done * BAR // total
     time_left = f", {duration(left)} left" if left else ""
-    return f"{phase} [{'#' * filled}{'-' * (BAR - filled)}] {done}/{total}{time_left}"
+    return f"{phase} {bar(done, total)} {amount(done, total, unit, left)}{time_left}"

@@ -19,11 +19,13 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from ..models.base import Encodings, Family
 from .buckets import Bucket
-from .index import Media, Progress
+from .index import Media
 from .media import UnreadableMedia, read_mask, read_picture, read_whole
+from .progress import Progress
 from .randomness import generator
 from .store import Store
 from .video import read_clip, read_mask_clip
+from .weights import counted
 
 CONTROL_PIXELS = 1024 * 1024
 """Most pixels of a control picture that a text encoder looks at."""
@@ -75,9 +77,7 @@ class Encoder:
 
     def media(self, store: Store, jobs: dict[str, Picture]) -> dict[str, str]:
         """Encodes pictures and clips, in batches of one bucket; what failed, with the reason."""
-        self._progress("loading the picture encoder", 0, 0)
-        vae = self._family.load_vae(self._device)
-
+        vae = self._load("loading the picture encoder", self._family.load_vae)
         groups = _groups_by(jobs, lambda job: job.bucket, self._batch_size)
         encode = partial(self._encode_pictures, vae, store)
         failed = self._read_and("encoding pictures", store, groups, self._reading_picture, encode)
@@ -112,9 +112,7 @@ class Encoder:
 
     def texts(self, name: str, store: Store, jobs: dict[str, Text]) -> dict[str, str]:
         """Encodes captions; what could not be read for it, with the reason."""
-        self._progress(f"loading text encoder {name}", 0, 0)
-        encoder = self._family.load_text_encoder(name, self._device)
-
+        encoder = self._load(f"loading text encoder {name}", partial(self._family.load_text_encoder, name))
         groups = _groups_by(jobs, lambda job: None, self._batch_size)
         encode = partial(self._encode_captions, name, encoder, store)
         failed = self._read_and(f"encoding captions ({name})", store, groups, self._reading_control, encode)
@@ -198,6 +196,12 @@ class Encoder:
             if not waiting:
                 return
             yield waiting.popleft()
+
+    def _load(self, phase: str, load: Callable[[torch.device], Any]) -> Any:
+        """A model on the device; its weights are counted as they are read."""
+        self._progress(phase, 0, 0)
+        with counted(lambda done, total: self._progress(phase, done, total, "bytes")):
+            return load(self._device)
 
     def _let_go(self) -> None:
         gc.collect()

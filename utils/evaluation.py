@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,11 +71,24 @@ class Evaluation:
     def __bool__(self) -> bool:
         return bool(self._sets)
 
-    def measure(self) -> dict[str, float]:
-        """Losses by curve name, ``<set>/loss_quantile_0.10`` ... and ``<set>/loss``, on every process."""
+    def measure(self, tell: Callable[[int, int], None] = lambda *_: None) -> dict[str, float]:
+        """Losses by curve name, ``<set>/loss_quantile_0.10`` ... and ``<set>/loss``, on every process.
+
+        Args:
+            tell: Hears how many of this process's micro-batches are done, and of how many.
+        """
         values = {}
+        plans = {name: self._plan(part) for name, part in self._sets.items()}
+        done, total = 0, sum(map(len, plans.values()))
+
+        def one_more() -> None:
+            nonlocal done
+            done += 1
+            tell(done, total)
+
+        tell(done, total)
         for name, part in self._sets.items():
-            losses = self._losses(part)
+            losses = self._losses(part, plans[name], one_more)
             means = []
             for quantile in QUANTILES:
                 at_level = [losses[_Item(n, quantile)] for n in range(len(part.samples))]
@@ -85,12 +98,21 @@ class Evaluation:
             logger.info("%s: loss %.4f over %d samples", name, values[f"{name}/loss"], len(part.samples))
         return values
 
-    def _losses(self, part: _Set) -> dict[_Item, float]:
-        """The loss of every item, the same on all processes."""
+    def _plan(self, part: _Set) -> list[list[_Item]]:
+        """This process's share of the micro-batches."""
         grid = self._engine.grid
         rank, num_ranks = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
-        plan = part.micro_batches(self._settings, num_ranks)[rank::num_ranks]
-        measured = self._engine.measure(part.batches(plan), self._settings.disable_block_swap_for_eval)
+        return part.micro_batches(self._settings, num_ranks)[rank::num_ranks]
+
+    def _losses(self, part: _Set, plan: Sequence[list[_Item]], one_more: Callable[[], None]) -> dict[_Item, float]:
+        """The loss of every item, the same on all processes."""
+
+        def batches() -> Iterator[Batch]:
+            for batch in part.batches(plan):
+                yield batch
+                one_more()  # when the next is asked for, or all are done
+
+        measured = self._engine.measure(batches(), self._settings.disable_block_swap_for_eval)
         items = [item for micro_batch in plan for item in micro_batch]
         mine = dict(zip(items, measured, strict=True)) if measured else {}
         return {item: loss for other in self._world.gather(mine) for item, loss in other.items()}

@@ -16,18 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .media import Properties, Source, UnreadableMedia, picture_properties
+from .progress import Progress
 from .readers import ReaderDied
 from .video import SUFFIXES as VIDEO_SUFFIXES
 from .video import video_properties
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done and how much there is (0 where that is not known).
-
-Raises:
-    Stopped: What is being done is not wanted any more.
-"""
 Stamp = tuple[int, int, int]
 """Size and times of modification and of change of a file; others mean that it may hold something else."""
 
@@ -43,10 +38,6 @@ UNREAD = "cannot be read"
 """How reasons begin that may not hold next time."""
 Found = tuple[str, int, int, float | None, str | None]
 """Digest, width, height, seconds and problem of a file."""
-
-
-class Stopped(Exception):
-    """The run was asked to end before training began."""
 
 
 class Media(NamedTuple):

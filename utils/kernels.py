@@ -28,8 +28,11 @@ def _has_triton() -> bool:
 
 
 def _fused(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether Triton has kernels for ``dtype`` where ``tensor`` is; float8 (e4m3) begins with Ada."""
-    if not tensor.is_cuda or not _has_triton():
+    """Whether Triton has kernels for ``dtype`` where ``tensor`` is; float8 (e4m3) begins with Ada.
+
+    torch.compile makes its own of the plain operations that it traces.
+    """
+    if torch.compiler.is_compiling() or not tensor.is_cuda or not _has_triton():
         return False
     return dtype != torch.float8_e4m3fn or _capability(tensor.device) >= (8, 9)
 

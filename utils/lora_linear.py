@@ -1,15 +1,20 @@
-"""A linear layer with a LoRA update as two operators, forward and backward.
+"""Linear layers with LoRA updates as two operators, forward and backward; layers of one input are computed together.
 
-Written in plain torch operations it costs two more passes over the output and one over the input's gradient,
+Written in plain torch operations a LoRA costs two more passes over the output and one over the input's gradient,
 and torch.compile copies the output before it adds to it. As operators of our own the additions happen inside
 the matrix multiplications, in place. The small product comes first: the large one, bound by arithmetic, then
 reads it along the way, where the small one, bound by memory, would have to read and write the large output.
 
-Shape legend: M rows (tokens of all samples), I inputs, O outputs, R rank.
+Layers that are given the same tensor (query, key and value) share what reads it: their downward products are one,
+so are the gradients of their downward matrices, the input is quantised once, and its gradient is added up inside
+the large products.
+
+Shape legend: M rows (tokens of all samples), I inputs, O outputs of a layer, R rank of a layer, S sum of the ranks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,88 +22,164 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .storage import convert, is_multiplied_quantised, product, product_of_grad
+from . import kernels
+from .storage import (
+    Quantised,
+    convert,
+    is_multiplied_quantised,
+    product,
+    product_of_grad,
+    quantised_while_tracing,
+)
 
 
-@torch.library.custom_op("diffusion_trainer::lora_linear", mutates_args=())
-def lora_linear(
-    x_MI: Tensor, weight_OI: Tensor, scale: Tensor | None, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``x W' + b + (x D') U'`` and the inner ``x D'`` (M, R), all in the dtype of ``x_MI``; W as in
-    `storage`."""
-    inner_MR = x_MI @ down_RI.t()
-    if is_multiplied_quantised(x_MI, weight_OI):
-        return product(x_MI, weight_OI, scale, bias_O).addmm_(inner_MR, up_OR.t()), inner_MR
-    output_MO = F.linear(inner_MR, up_OR, bias_O)
-    return output_MO.addmm_(x_MI, convert(weight_OI, scale, x_MI.dtype).t()), inner_MR
-
-
-@torch.library.custom_op("diffusion_trainer::lora_linear_backward", mutates_args=())
-def lora_linear_backward(
-    grad_MO: Tensor,
+def lora_linears(
     x_MI: Tensor,
-    inner_MR: Tensor,
-    weight_OI: Tensor,
-    scale: Tensor | None,
-    down_RI: Tensor,
-    up_OR: Tensor,
+    weights_OI: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    biases_O: Sequence[Tensor | None],
+    downs_RI: Sequence[Tensor],
+    ups_OR: Sequence[Tensor],
+) -> list[Tensor]:
+    """``x W' + b + (x D') U'`` (M, O) of each layer, in the dtype of ``x_MI``.
+
+    Args:
+        weights_OI: Of one dtype; they and their ``scales`` are as in `storage`.
+    """
+    down_SI = downs_RI[0] if len(downs_RI) == 1 else torch.cat(list(downs_RI))
+    quantised = quantised_while_tracing(x_MI, weights_OI[0])
+    return lora_linears_forward(x_MI, *quantised, weights_OI, scales, biases_O, down_SI, ups_OR)[:-1]
+
+
+@torch.library.custom_op("diffusion_trainer::lora_linears", mutates_args=())
+def lora_linears_forward(
+    x_MI: Tensor,
+    quantised_MI: Tensor | None,
+    quantised_scale: Tensor | None,
+    weights_OI: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    biases_O: Sequence[Tensor | None],
+    down_SI: Tensor,
+    ups_OR: Sequence[Tensor],
+) -> list[Tensor]:
+    """The outputs, and last the inner ``x D'`` (M, S)."""
+    inner_MS = x_MI @ down_SI.t()
+    quantised: Quantised = quantised_MI, quantised_scale
+    if is_quantised := is_multiplied_quantised(x_MI, weights_OI[0]):
+        quantised = quantised if quantised[0] is not None else kernels.quantise_rows(x_MI, weights_OI[0].dtype)
+    outputs = []
+    for weight_OI, scale, bias_O, inner_MR, up_OR in zip(
+        weights_OI, scales, biases_O, _split(inner_MS, ups_OR), ups_OR, strict=True
+    ):
+        if is_quantised:
+            output_MO = product(x_MI, quantised, weight_OI, scale, bias_O).addmm_(inner_MR, up_OR.t())
+        else:
+            output_MO = F.linear(inner_MR, up_OR, bias_O).addmm_(x_MI, convert(weight_OI, scale, x_MI.dtype).t())
+        outputs.append(output_MO)
+    return [*outputs, inner_MS]
+
+
+@torch.library.custom_op("diffusion_trainer::lora_linears_backward", mutates_args=())
+def lora_linears_backward(
+    grads_MO: Sequence[Tensor],
+    quantised_MO: Sequence[Tensor | None],
+    quantised_scales: Sequence[Tensor | None],
+    x_MI: Tensor,
+    inner_MS: Tensor,
+    weights_OI: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    down_SI: Tensor,
+    ups_OR: Sequence[Tensor],
     needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty unless ``needs_x``), D and U."""
-    grad_inner_MR = grad_MO @ up_OR
-    grad_x_MI = grad_MO.new_empty(0)
-    if needs_x and is_multiplied_quantised(grad_MO, weight_OI):
-        grad_x_MI = product_of_grad(grad_MO, weight_OI, scale).addmm_(grad_inner_MR, down_RI)
+) -> list[Tensor]:
+    """Gradients of D and of each U, and what x's gradient is the sum of: nothing unless ``needs_x``, a part of each
+    layer where products are quantised, else one."""
+    grad_inner_MS = torch.cat([grad_MO @ up_OR for grad_MO, up_OR in zip(grads_MO, ups_OR, strict=True)], dim=1)
+    inners = _split(inner_MS, ups_OR)
+    grad_ups = [grad_MO.t() @ inner_MR for grad_MO, inner_MR in zip(grads_MO, inners, strict=True)]
+    parts: list[Tensor] = []
+    if needs_x and is_multiplied_quantised(grads_MO[0], weights_OI[0]):
+        quantised = zip(quantised_MO, quantised_scales, strict=True)
+        parts = [product_of_grad(*of) for of in zip(grads_MO, quantised, weights_OI, scales, strict=True)]
+        parts[0].addmm_(grad_inner_MS, down_SI)
     elif needs_x:
-        grad_x_MI = (grad_inner_MR @ down_RI).addmm_(grad_MO, convert(weight_OI, scale, grad_MO.dtype))
-    return grad_x_MI, grad_inner_MR.t() @ x_MI, grad_MO.t() @ inner_MR
+        parts = [grad_inner_MS @ down_SI]
+        for grad_MO, weight_OI, scale in zip(grads_MO, weights_OI, scales, strict=True):
+            parts[0].addmm_(grad_MO, convert(weight_OI, scale, grad_MO.dtype))
+    return [grad_inner_MS.t() @ x_MI, *grad_ups, *parts]
 
 
-@lora_linear.register_fake
+def _split(inner_MS: Tensor, ups_OR: Sequence[Tensor]) -> Sequence[Tensor]:
+    return inner_MS.split([up_OR.shape[1] for up_OR in ups_OR], dim=1)
+
+
+@lora_linears_forward.register_fake
 def _(
-    x_MI: Tensor, weight_OI: Tensor, scale: Any, bias_O: Any, down_RI: Tensor, up_OR: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0]), x_MI.new_empty(x_MI.shape[0], down_RI.shape[0])
+    x_MI: Tensor, q_MI: Any, q_scale: Any, weights_OI: Any, scales: Any, biases_O: Any, down_SI: Tensor, ups_OR: Any
+) -> list[Tensor]:
+    outputs = [x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0]) for weight_OI in weights_OI]
+    return [*outputs, x_MI.new_empty(x_MI.shape[0], down_SI.shape[0])]
 
 
-@lora_linear_backward.register_fake
+@lora_linears_backward.register_fake
 def _(
-    grad_MO: Tensor,
-    x_MI: Tensor,
-    inner_MR: Tensor,
-    weight_OI: Tensor,
-    scale: Tensor | None,
-    down_RI: Tensor,
-    up_OR: Tensor,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x_MI.new_empty(x_MI.shape if needs_x else (0,)), torch.empty_like(down_RI), torch.empty_like(up_OR)
+    grads_MO: Any, q_MO: Any, q_scales: Any, x_MI: Tensor, inner_MS: Any, weights_OI: Any, scales: Any,
+    down_SI: Tensor, ups_OR: Any, needs_x: bool,
+) -> list[Tensor]:  # fmt: skip
+    num_parts = len(grads_MO) if is_multiplied_quantised(grads_MO[0], weights_OI[0]) else 1
+    parts = [torch.empty_like(x_MI) for _ in range(num_parts if needs_x else 0)]
+    return [torch.empty_like(down_SI), *(torch.empty_like(up_OR) for up_OR in ups_OR), *parts]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MI, weight_OI, scale, _, down_RI, up_OR = inputs
-    ctx.save_for_backward(x_MI, output[1], weight_OI, scale, down_RI, up_OR)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x_MI, _, _, weights_OI, scales, _, down_SI, ups_OR = inputs
+    ctx.layers = len(ups_OR)
+    ctx.save_for_backward(x_MI, output[-1], down_SI, *weights_OI, *scales, *ups_OR)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_MO: Tensor, _inner: Any) -> tuple[Tensor | None, None, None, None, Tensor, Tensor]:
-    x_MI, *rest = ctx.saved_tensors
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    x_MI, inner_MS, down_SI, *rest = ctx.saved_tensors
+    of_layers = [rest[at : at + ctx.layers] for at in range(0, len(rest), ctx.layers)]
+    grads_MO = [
+        x_MI.new_zeros(len(x_MI), len(weight_OI)) if grad is None else grad
+        for grad, weight_OI in zip(grads, of_layers[0], strict=False)
+    ]
+    quantised = [
+        quantised_while_tracing(grad_MO, weight_OI, None if scale is None else scale.view(-1))
+        for grad_MO, weight_OI, scale in zip(grads_MO, *of_layers[:2], strict=True)
+    ]
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_down, grad_up = lora_linear_backward(grad_MO, x_MI, *rest, needs_x)
-    return grad_x if needs_x else None, None, None, None, grad_down, grad_up
+    grad_down, *others = lora_linears_backward(
+        grads_MO, *map(list, zip(*quantised, strict=True)), x_MI, inner_MS, *of_layers[:2], down_SI, of_layers[2],
+        needs_x,
+    )  # fmt: skip
+    grad_x, parts = None, others[ctx.layers :]
+    for part_MI in parts:
+        grad_x = part_MI if grad_x is None else grad_x + part_MI
+    # Where a list of tensors was given, a list is due
+    nothing = [[None] * len(need) if isinstance(need, list) else None for need in ctx.needs_input_grad]
+    return grad_x, *nothing[1:6], grad_down, others[: ctx.layers]
 
 
-lora_linear.register_autograd(_backward, setup_context=_save)
+lora_linears_forward.register_autograd(_backward, setup_context=_save)
 
 
 # What recomputing them costs, for torch.compile to decide what to keep.
-@register_flop_formula(torch.ops.diffusion_trainer.lora_linear)
-def _flops(x_MI: Any, weight_OI: Any, scale: Any, bias_O: Any, down_RI: Any, *unused: Any, **shapes: Any) -> int:
-    (rows, inputs), outputs, rank = x_MI, weight_OI[0], down_RI[0]
-    return 2 * rows * (inputs * outputs + rank * (inputs + outputs))
+@register_flop_formula(torch.ops.diffusion_trainer.lora_linears)
+def _flops(
+    x_MI: Any, q_MI: Any, q_scale: Any, weights_OI: Any, scales: Any, biases: Any, down_SI: Any, ups_OR: Any,
+    **shapes: Any,
+) -> int:  # fmt: skip
+    (rows, inputs), outputs = x_MI, sum(up_OR[0] for up_OR in ups_OR)
+    return 2 * rows * (inputs * (outputs + down_SI[0]) + sum(up_OR[0] * up_OR[1] for up_OR in ups_OR))
 
 
-@register_flop_formula(torch.ops.diffusion_trainer.lora_linear_backward)
-def _backward_flops(grad_MO: Any, x_MI: Any, inner_MR: Any, *unused: Any, **shapes: Any) -> int:
-    (rows, outputs), inputs, rank = grad_MO, x_MI[1], inner_MR[1]
-    return 2 * rows * (inputs * outputs + 2 * rank * (inputs + outputs))
+@register_flop_formula(torch.ops.diffusion_trainer.lora_linears_backward)
+def _backward_flops(
+    grads_MO: Any, q_MO: Any, q_scales: Any, x_MI: Any, inner_MS: Any, weights_OI: Any, scales: Any, down_SI: Any,
+    ups_OR: Any, needs_x: bool, **shapes: Any,
+) -> int:  # fmt: skip
+    (rows, inputs), small = x_MI, sum(up_OR[0] * up_OR[1] for up_OR in ups_OR)
+    products_of_x = inputs * sum(up_OR[0] for up_OR in ups_OR) + inputs * down_SI[0] if needs_x else 0
+    return 2 * rows * (products_of_x + inputs * down_SI[0] + 2 * small)

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from ..models.base import Family
 from .control import Control
@@ -67,12 +68,11 @@ class Observation:
                 self._measure(position, curves)
             if due.draw:
                 self._draw(position, curves)
-        self.control.say(now=bool(due), phase="")
+        self.control.say(now=bool(due), phase="", phase_done=0, phase_total=0)
 
     def _measure(self, position: Position, curves: Curves) -> None:
-        self.control.say(now=True, phase="measuring the loss of eval sets")
         started = time.monotonic()
-        values = self.evaluation.measure()
+        values = self.evaluation.measure(partial(self.control.report, "measuring the loss of eval sets"))
         values["eval/seconds"] = time.monotonic() - started
         curves.add_all(position.place(self.settings.x_axis_examples), values)
         losses = {name.removesuffix("/loss"): value for name, value in values.items() if name.endswith("/loss")}
@@ -82,8 +82,7 @@ class Observation:
         if not self.previews:
             logger.warning("nothing to draw: [sample] has no prompts")
             return
-        self.control.say(now=True, phase="drawing samples")
-        drawn = self.previews.draw()
+        drawn = self.previews.draw(partial(self.control.report, "drawing samples"))
         if self.world.rank == 0:
             fps = self.family.fps or 16.0
             files = save(drawn, self.folder.samples, f"step{position.step:06d}", fps)

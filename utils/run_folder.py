@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from .config import write_whole
+from .progress import Unit
 
 State = Literal["starting", "caching", "training", "paused", "finished", "stopped", "failed"]
 ENDED: tuple[State, ...] = ("finished", "stopped", "failed")
@@ -35,6 +36,7 @@ class Status:
     """What is being done, for people: "encoding pictures"."""
     phase_done: int = 0
     phase_total: int = 0
+    phase_unit: Unit = ""
     step: int = 0
     total_steps: int = 0
     epoch: int = 0
@@ -44,7 +46,7 @@ class Status:
     learning_rate: float | None = None
     seconds_per_step: float | None = None
     eta: float | None = None
-    """Seconds until the last step."""
+    """Seconds until the last step; before the first, until the phase is over."""
     gpu_memory: int | None = None
     """Most memory that torch has held on one GPU."""
     exports: list[str] = field(default_factory=list)

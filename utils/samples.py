@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -151,9 +151,14 @@ class Previews:
     def __bool__(self) -> bool:
         return bool(self._requests)
 
-    def draw(self) -> list[list[Image.Image]]:
-        """The frames of each request, in order, on rank 0; elsewhere nothing."""
-        started, drawn = time.monotonic(), dict[int, list[Image.Image]]()
+    def draw(self, tell: Callable[[int, int], None] = lambda *_: None) -> list[list[Image.Image]]:
+        """The frames of each request, in order, on rank 0; elsewhere nothing.
+
+        Args:
+            tell: Hears how many requests are done, and of how many.
+        """
+        started, drawn, total = time.monotonic(), dict[int, list[Image.Image]](), len(self._requests)
+        tell(0, total)
         with self._live.ready():
             pipeline = self._family.pipeline(self._live, self._world.device, text_encoders=False)
             pipeline.set_progress_bar_config(disable=True)
@@ -163,6 +168,7 @@ class Previews:
                 frames = self._draw_one(pipeline, self._requests[number % len(self._requests)])
                 if number < len(self._requests):
                     drawn[number] = frames
+                tell(min(total, (turn + 1) * self._num_replicas), total)
             del pipeline
         self._let_go()
         everything = {number: frames for part in self._world.gather(drawn) for number, frames in part.items()}

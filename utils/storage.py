@@ -8,7 +8,8 @@ What a stored weight is follows from its dtype:
 
 The weight is converted each time it is used, forward and backward, so that no converted copy is kept. With
 `multiply_quantised`, float8 (e4m3) and int8 weights are not converted: activations and gradients are quantised,
-with a scale for each row, and multiplied as they are.
+with a scale for each row, and multiplied as they are. While torch.compile traces, that happens outside of the
+operators: the kernels that compute activations and gradients then quantise them as well.
 
 Shape legend: M rows (tokens of all samples), I inputs, O outputs.
 """
@@ -65,7 +66,9 @@ class StoredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        output = stored_linear(input.flatten(0, -2), self.weight, self.weight_scale, self.bias)
+        rows = input.flatten(0, -2)
+        quantised = quantised_while_tracing(rows, self.weight)
+        output = stored_linear(rows, *quantised, self.weight, self.weight_scale, self.bias)
         return output.view(*input.shape[:-1], output.shape[-1])
 
     def store(self, value_OI: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> nn.Parameter:
@@ -152,33 +155,67 @@ def is_multiplied_quantised(x_MI: Tensor, weight_OI: Tensor) -> bool:
     )
 
 
-def product(x_MI: Tensor, weight_OI: Tensor, scale: Tensor | None, bias_O: Tensor | None) -> Tensor:
+Quantised = tuple[Tensor | None, Tensor | None]
+"""Rows in float8 or int8 and their scales (M, 1); twice None where they are not quantised yet."""
+
+
+def quantised_while_tracing(x_MI: Tensor, weight_OI: Tensor, columns: Tensor | None = None) -> Quantised:
+    """What the operators take besides ``x`` while torch.compile traces.
+
+    Args:
+        columns: A factor for each of x's columns, as `kernels.quantise_rows`.
+    """
+    if torch.compiler.is_compiling() and is_multiplied_quantised(x_MI, weight_OI):
+        return kernels.quantise_rows(x_MI.detach(), weight_OI.dtype, columns)
+    return None, None
+
+
+def product(
+    x_MI: Tensor, quantised: Quantised, weight_OI: Tensor, scale: Tensor | None, bias_O: Tensor | None
+) -> Tensor:
     """``x W' + b``."""
-    if scale is not None and is_multiplied_quantised(x_MI, weight_OI):
-        quantised_MI, scale_M1 = kernels.quantise_rows(x_MI, weight_OI.dtype)
-        return kernels.multiply_scaled(quantised_MI, weight_OI, scale_M1, scale, bias_O, x_MI.dtype)
-    return F.linear(x_MI, convert(weight_OI, scale, x_MI.dtype), bias_O)
+    if scale is None or not is_multiplied_quantised(x_MI, weight_OI):
+        return F.linear(x_MI, convert(weight_OI, scale, x_MI.dtype), bias_O)
+    q_MI, scale_M1 = quantised
+    if q_MI is None or scale_M1 is None:
+        q_MI, scale_M1 = kernels.quantise_rows(x_MI, weight_OI.dtype)
+    return kernels.multiply_scaled(q_MI, weight_OI, scale_M1, scale, bias_O, x_MI.dtype)
 
 
-def product_of_grad(grad_MO: Tensor, weight_OI: Tensor, scale: Tensor | None) -> Tensor:
+def product_of_grad(grad_MO: Tensor, quantised: Quantised, weight_OI: Tensor, scale: Tensor | None) -> Tensor:
     """``grad W``. The weight's scales are those of the summed dimension here, so the gradient takes them over before
     it is quantised."""
-    if scale is not None and is_multiplied_quantised(grad_MO, weight_OI):
-        quantised_MO, scale_M1 = kernels.quantise_rows(grad_MO, weight_OI.dtype, columns=scale.view(-1))
-        return kernels.multiply_scaled(quantised_MO, kernels.transpose(weight_OI), scale_M1, None, None, grad_MO.dtype)
-    return grad_MO @ convert(weight_OI, scale, grad_MO.dtype)
+    if scale is None or not is_multiplied_quantised(grad_MO, weight_OI):
+        return grad_MO @ convert(weight_OI, scale, grad_MO.dtype)
+    q_MO, scale_M1 = quantised
+    if q_MO is None or scale_M1 is None:
+        q_MO, scale_M1 = kernels.quantise_rows(grad_MO, weight_OI.dtype, scale.view(-1))
+    return kernels.multiply_scaled(q_MO, kernels.transpose(weight_OI), scale_M1, None, None, grad_MO.dtype)
 
 
 @torch.library.custom_op("diffusion_trainer::stored_linear", mutates_args=())
-def stored_linear(x_MI: Tensor, weight_OI: Tensor, scale: Tensor | None, bias_O: Tensor | None) -> Tensor:
+def stored_linear(
+    x_MI: Tensor,
+    quantised_MI: Tensor | None,
+    quantised_scale: Tensor | None,
+    weight_OI: Tensor,
+    scale: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
     """`product` as an operator."""
-    return product(x_MI, weight_OI, scale, bias_O)
+    return product(x_MI, (quantised_MI, quantised_scale), weight_OI, scale, bias_O)
 
 
 @torch.library.custom_op("diffusion_trainer::stored_linear_backward", mutates_args=())
-def stored_linear_backward(grad_MO: Tensor, weight_OI: Tensor, scale: Tensor | None) -> Tensor:
+def stored_linear_backward(
+    grad_MO: Tensor,
+    quantised_MO: Tensor | None,
+    quantised_scale: Tensor | None,
+    weight_OI: Tensor,
+    scale: Tensor | None,
+) -> Tensor:
     """`product_of_grad` as an operator."""
-    return product_of_grad(grad_MO, weight_OI, scale)
+    return product_of_grad(grad_MO, (quantised_MO, quantised_scale), weight_OI, scale)
 
 
 def num_inputs(weight_OI: Tensor) -> int:
@@ -187,21 +224,23 @@ def num_inputs(weight_OI: Tensor) -> int:
 
 
 @stored_linear.register_fake
-def _(x_MI: Tensor, weight_OI: Tensor, scale: Any, bias_O: Any) -> Tensor:
+def _(x_MI: Tensor, q_MI: Any, q_scale: Any, weight_OI: Tensor, scale: Any, bias_O: Any) -> Tensor:
     return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0])
 
 
 @stored_linear_backward.register_fake
-def _(grad_MO: Tensor, weight_OI: Tensor, scale: Any) -> Tensor:
+def _(grad_MO: Tensor, q_MO: Any, q_scale: Any, weight_OI: Tensor, scale: Any) -> Tensor:
     return grad_MO.new_empty(grad_MO.shape[0], num_inputs(weight_OI))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2])
+    ctx.save_for_backward(inputs[3], inputs[4])
 
 
-def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None, None]:
-    return stored_linear_backward(grad_MO, *ctx.saved_tensors), None, None, None
+def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    weight_OI, scale = ctx.saved_tensors
+    quantised = quantised_while_tracing(grad_MO, weight_OI, None if scale is None else scale.view(-1))
+    return stored_linear_backward(grad_MO, *quantised, weight_OI, scale), None, None, None, None, None
 
 
 stored_linear.register_autograd(_backward, setup_context=_save)
@@ -209,5 +248,5 @@ stored_linear.register_autograd(_backward, setup_context=_save)
 
 # What recomputing it costs, for torch.compile to decide what to keep.
 @register_flop_formula(torch.ops.diffusion_trainer.stored_linear)
-def _flops(x_MI: Any, weight_OI: Any, *unused: Any, **shapes: Any) -> int:
+def _flops(x_MI: Any, q_MI: Any, q_scale: Any, weight_OI: Any, *unused: Any, **shapes: Any) -> int:
     return 2 * x_MI[0] * x_MI[1] * weight_OI[0]

@@ -16,7 +16,6 @@ from .checkpoint import load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml
 from .control import Control
 from .evaluation import Evaluation, read_sets
-from .index import Stopped
 from .loader import Loader
 from .loop import Loop
 from .metrics import Curves
@@ -25,6 +24,7 @@ from .pipeline import Engine
 from .plan import make_plan
 from .position import Position
 from .preparation import Data, Preparation
+from .progress import Stopped
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, requests_of
@@ -97,8 +97,7 @@ class Trainer:
             loop.run(curves)
 
     def _build(self, data: Data) -> Assembled:
-        self.control.report("loading the model")
-        return Assembly(self.settings, self.family, self.world, self.folder, data.train).build()
+        return Assembly(self.settings, self.family, self.world, self.folder, self.control, data.train).build()
 
     def _loop(self, data: Data, model: Assembled) -> Loop:
         """The steps to be made, from the start or from the checkpoint on."""
@@ -136,6 +135,7 @@ class Trainer:
             phase="",
             phase_done=0,
             phase_total=0,
+            phase_unit="",
             eta=None,
             total_steps=total,
             step=position.step,

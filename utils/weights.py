@@ -13,6 +13,8 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +216,79 @@ def build(make: Callable[[], Any]) -> Any:
         return make()
 
 
+@dataclass
+class _Counted:
+    """Bytes of weights that have been read."""
+
+    tell: Callable[[int, int], None]
+    total: int
+    is_open: bool
+    """Whether each call of `fill` adds to ``total``."""
+    done: int = 0
+
+    def add(self, size: int) -> None:
+        self.done += size
+        self.tell(self.done, self.total)
+
+
+_counted: ContextVar[_Counted | None] = ContextVar("_counted", default=None)
+
+
+@contextmanager
+def counted(tell: Callable[[int, int], None], total: int | None = None) -> Iterator[None]:
+    """Within it `fill` says after each parameter how many bytes of weights are there, and of how many.
+
+    Args:
+        total: Bytes of all that will be filled (see `held_bytes`); left out: of what the calls so far come to.
+    """
+    token = _counted.set(_Counted(tell, total or 0, total is None))
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """In which precision a module's parameters are held."""
+
+    module: nn.Module
+    dtype: torch.dtype
+    float32: tuple[str, ...]
+    storage: Storage | None
+
+    def __post_init__(self) -> None:
+        if self.storage:
+            stored.use_storage(self.module, self.storage)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether parameter ``name`` is the weight of a layer with a storage of its own."""
+        layer = self.module.get_submodule(name.rpartition(".")[0])
+        return bool(self.storage) and isinstance(layer, stored.StoredLinear) and name.endswith(".weight")
+
+    def precision(self, name: str) -> torch.dtype:
+        """Of parameter ``name``, if it is not stored."""
+        return torch.float32 if any(part in name for part in self.float32) else self.dtype
+
+    def num_bytes(self, name: str, parameter: nn.Parameter) -> int:
+        """What parameter ``name`` takes."""
+        if self.storage and self.is_stored(name):
+            return parameter.numel() * self.storage.dtype.itemsize // (2 if self.storage.dtype == torch.uint8 else 1)
+        return parameter.numel() * self.precision(name).itemsize
+
+
+def held_bytes(
+    module: nn.Module,
+    dtype: torch.dtype,
+    float32: tuple[str, ...] = (),
+    storage: Storage | None = None,
+    only: Container[nn.Parameter] | None = None,
+) -> int:
+    """What the parameters take once `fill`, called with the same, has given them values."""
+    held = _Held(module, dtype, float32, storage)
+    return sum(held.num_bytes(name, p) for name, p in module.named_parameters() if only is None or p in only)
+
+
 def fill(
     module: nn.Module,
     read: Callable[[str], torch.Tensor],
@@ -237,23 +312,17 @@ def fill(
         SettingsError: From ``read``.
         ValueError: A value has another shape than its parameter.
     """
+    held = _Held(module, dtype, float32, storage)
+    if (count := _counted.get()) and count.is_open:
+        count.total += held_bytes(module, dtype, float32, storage, only)
     filled: dict[nn.Parameter, nn.Parameter] = {}
-    if storage:
-        stored.use_storage(module, storage)
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
         if only is not None and parameter not in only:
             continue
         if parameter not in filled:
-            value = read(name)
-            if value.shape != parameter.shape:
-                raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
-            layer = module.get_submodule(name.rpartition(".")[0])
-            if storage and isinstance(layer, stored.StoredLinear) and name.endswith(".weight"):
-                filled[parameter] = layer.store(value.to(device), storage.dtype, getattr(value, "stored_scale", None))
-            else:
-                precision = torch.float32 if any(part in name for part in float32) else dtype
-                # A copy even where nothing changes: the value may be a view of the mapped file.
-                filled[parameter] = nn.Parameter(value.to(device, precision, copy=True).contiguous())
+            filled[parameter] = _filled(held, name, parameter, read(name), device)
+            if count:
+                count.add(held.num_bytes(name, parameter))
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, filled[parameter])
     for name, buffer in list(module.named_buffers()):
@@ -263,3 +332,13 @@ def fill(
         setattr(module.get_submodule(owner), leaf, buffer.to(device))
     if storage:
         stored.hide_weights(module)
+
+
+def _filled(held: _Held, name: str, parameter: nn.Parameter, value: torch.Tensor, device: torch.device) -> nn.Parameter:
+    if value.shape != parameter.shape:
+        raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
+    if held.storage and held.is_stored(name):
+        layer: Any = held.module.get_submodule(name.rpartition(".")[0])
+        return layer.store(value.to(device), held.storage.dtype, getattr(value, "stored_scale", None))
+    # A copy even where nothing changes: the value may be a view of the mapped file.
+    return nn.Parameter(value.to(device, held.precision(name), copy=True).contiguous())
