@@ -8,6 +8,7 @@ Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -161,18 +162,19 @@ def _check_model(settings: TrainSettings) -> None:
 
 def prune_cache(settings: TrainSettings, days: float) -> int:
     """Removes from the cache folder of these settings what no dataset has used in ``days`` days."""
-    folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
+    folder = _module("utils.preparation").cache_folder(settings)
     count, size = _module("utils.store").prune(folder, days)
     print(f"{folder}: {count} files removed, {size / 2**20:.0f} MiB")
     return 0
 
 
 def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
-    """Prints what the training will take; reads the model's files' headers alone."""
-    module, memory = _module("utils.plan"), arguments.gpu_memory
-    gpu_bytes = module.smallest_gpu() if memory is None else memory * 2**30
-    made = module.make_plan(settings, dataset, arguments.gpus or settings.number_of_gpus)
-    print("\n".join(made.lines(gpu_bytes)))
+    """Prints what the training will take; reads of the model's files the headers alone, and encodes nothing."""
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print there is no part of the plan
+        memory, module = arguments.gpu_memory, _module("utils.planning")
+        gpu_bytes = _module("utils.plan").smallest_gpu() if memory is None else memory * 2**30
+        lines = module.plan_lines(settings, dataset, arguments.gpus or settings.number_of_gpus, gpu_bytes)
+    print("\n".join(lines))
     return 0
 
 

@@ -144,6 +144,22 @@ def test_the_starter_is_interrupted_or_killed(machines: Machines, folder: RunFol
 
 
 @pytest.mark.ssh
+def test_a_connection_breaks(machines: Machines, folder: RunFolder) -> None:
+    machines.serve("beta")
+    behave(folder)
+    starter = start(folder, machines.hostfile("alpha", "beta"))
+    until(lambda: folder.read_status().state == "training")
+    connections = [child for child in psutil.Process(starter.pid).children() if "beta" in child.cmdline()]
+    assert len(connections) == 1
+    connections[0].kill()
+    said = starter.communicate(timeout=60)[0]
+    assert starter.returncode != 0
+    assert "beta ended with code" in said
+    assert folder.read_status().state == "stopped"
+    until(lambda: not trainers(folder))
+
+
+@pytest.mark.ssh
 def test_a_second_interrupt_kills(machines: Machines, folder: RunFolder) -> None:
     machines.serve("beta")
     behave(folder, stubborn=True)

@@ -28,7 +28,12 @@ KINDS: dict[str, type[Adapter]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
 
 
 def inject(
-    denoiser: nn.Module, family: Family, settings: AdapterTable, seed: int, rates: Mapping[str, float] | None = None
+    denoiser: nn.Module,
+    family: Family,
+    settings: AdapterTable,
+    seed: int,
+    rates: Mapping[str, float] | None = None,
+    shapes_alone: bool = False,
 ) -> nn.Module:
     """Freezes ``denoiser`` and adds trainable fp32 adapters to its target layers, in place.
 
@@ -37,6 +42,7 @@ def inject(
 
     Args:
         rates: Learning rates by regular expression of names; layers that would have 0 get none.
+        shapes_alone: Layers on the meta device get one, too, which has no values either.
 
     Raises:
         SettingsError: target_modules or exclude_modules name no layer; the existing file does not fit.
@@ -48,7 +54,7 @@ def inject(
     names = sorted({*targets, *existing})
     for name in names:
         base: Any = denoiser.get_submodule(name)
-        if base.weight.is_meta:
+        if base.weight.is_meta and not shapes_alone:
             continue
         adapter = _adapter(settings, name, shapes[name], seed, existing.get(name)).to(base.weight.device)
         adapted = Adapted(
