@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             return plan(arguments, settings, dataset)
         if arguments.hostfile:
-            return train_on_machines(arguments, sys.argv[1:] if argv is None else argv)
+            return train_on_machines(arguments, sys.argv[1:] if argv is None else argv, settings, dataset)
         return train(arguments, settings, dataset)
     except config.SettingsError as error:
         print(error, file=sys.stderr)
@@ -179,9 +179,12 @@ def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datase
     return 0
 
 
-def train_on_machines(arguments: argparse.Namespace, argv: list[str]) -> int:
+def train_on_machines(
+    arguments: argparse.Namespace, argv: list[str], settings: TrainSettings, dataset: DatasetSettings
+) -> int:
     """Starts the same command, without the list of machines, on each of them."""
     machines, folders = _module("utils.machines"), {}
+    paths = machines.paths_in([settings.model_dump(exclude={"environment"}), dataset.model_dump()])
     apart = argparse.ArgumentParser(add_help=False)
     add_machine_arguments(apart)
     if arguments.run_dir:
@@ -190,8 +193,8 @@ def train_on_machines(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         hosts = machines.read_hostfile(arguments.hostfile, arguments.num_nodes, arguments.num_gpus)
         return int(machines.run(
-            hosts, Path(__file__).resolve(), apart.parse_known_args(argv)[1],
-            folders=folders, master_addr=arguments.master_addr, master_port=arguments.master_port))  # fmt: skip
+            hosts, Path(__file__).resolve(), apart.parse_known_args(argv)[1], folders=folders, paths=paths,
+            master_addr=arguments.master_addr, master_port=arguments.master_port))  # fmt: skip
     except _module("utils.config").SettingsError as error:
         if arguments.run_dir:  # whoever watches the run looks there
             run_folder = _module("utils.run_folder")

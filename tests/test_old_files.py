@@ -215,8 +215,10 @@ def test_forms_that_users_files_have_are_taken_for_their_evident_meaning(caplog)
     """Each is said once: another name, a table for one option, a layer list by another program's names."""
     file = train_file("flux")
     del file["max_steps"], file["warmup_steps"]
-    file |= {"num_steps": 400, "output_name": "mine", "deepspeed": {"train_micro_batch_size_per_gpu": 1},
+    file |= {"num_steps": 400, "output_name": "mine", "mixed_precision": "bf16",
+             "deepspeed": {"train_micro_batch_size_per_gpu": 1},
              "lr_scheduler": {"type": "cosine", "num_warmup_steps": 30, "min_lr": 1e-6}}  # fmt: skip
+    file["model"]["load_dtype"] = "bfloat16"
     file["adapter"] = {"type": "lora", "rank": 8, "lora_dtype": "float32", "only_double_blocks": True,
                        "exclude_linear_modules": ["proj_out"]}  # fmt: skip
     settings = parse_train_settings(file)
@@ -225,8 +227,8 @@ def test_forms_that_users_files_have_are_taken_for_their_evident_meaning(caplog)
     assert settings.adapter.dtype == "float32"
     assert settings.adapter.exclude_modules == ["proj_out", "single_transformer_blocks"]
     said = [record.getMessage() for record in caplog.records]
-    for key in ("num_steps", "output_name", "deepspeed", "[lr_scheduler]", "lora_dtype", "only_double_blocks",
-                "exclude_linear_modules"):  # fmt: skip
+    for key in ("num_steps", "output_name", "mixed_precision", "load_dtype", "deepspeed", "[lr_scheduler]",
+                "lora_dtype", "only_double_blocks", "exclude_linear_modules"):  # fmt: skip
         assert sum(line.startswith(f"{key}: ") for line in said) == 1, key
 
 

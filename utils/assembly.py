@@ -175,10 +175,19 @@ class Assembly:
         s = self.settings
         choose_weights(denoiser, s.train_only, s.freeze, rates)
         chosen = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+        names = {parameter: name for name, parameter in denoiser.named_parameters()}
         links = [Link(layer) for layer in layers]
+
+        def load(link: nn.Module) -> None:
+            lists = [module for module in link.children() if isinstance(module, nn.ParameterList)]
+            loose = [(held, place, names[p]) for held in lists for place, p in enumerate(held)]
+            self.family.load_denoiser(self.world.device, denoiser, set(link.parameters()))
+            for held, place, name in loose:  # parameters that lie in no module of the link have been replaced
+                held[place] = denoiser.get_parameter(name)
+
         sharding.share_out(
             links,
-            lambda link: self.family.load_denoiser(self.world.device, denoiser, set(link.parameters())),
+            load,
             lambda: {parameter: name for name, parameter in denoiser.named_parameters()},
             chosen,
         )

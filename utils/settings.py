@@ -325,6 +325,7 @@ class TrainSettings(Table):
 
     unused: ClassVar = {
         "output_name": "exports are named by their epoch or step, below the run folder",
+        "mixed_precision": "model.dtype says it",
         "deepspeed": "DeepSpeed's settings follow from these, such as micro_batch_size_per_gpu at the top level",
     }
 
@@ -797,13 +798,14 @@ def _zero_problems(settings: TrainSettings) -> list[str]:
     with_stage = f"zero_stage: {settings.zero_stage} does not go together with"
     found = []
     if settings.adapter is not None:
-        found.append(f"{with_stage} an adapter, whose weights are few; set 0 or 1")
+        found.append(
+            f"{with_stage} an adapter: its weights are few, and frozen ones are not shared out; set 0 or 1, "
+            "and save memory with pipeline_stages, blocks_to_swap or model.transformer_dtype"
+        )
     if settings.pipeline_stages > 1:
         found.append(f"{with_stage} pipeline_stages, which already part the model; set 1")
     if settings.blocks_to_swap:
         found.append(f"{with_stage} blocks_to_swap; set that to 0")
-    if settings.sample.prompts:
-        found.append(f"{with_stage} sample.prompts; leave those out, or set 1")
     if settings.model.merge_adapters:
         found.append(f"{with_stage} model.merge_adapters; merge them into the file first")
     if settings.optimizer.type.lower() not in ELEMENTWISE:
