@@ -171,6 +171,7 @@ def prune_cache(settings: TrainSettings, days: float) -> int:
 def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
     """Prints what the training will take; reads of the model's files the headers alone, and encodes nothing."""
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print there is no part of the plan
+        import_diffusers()
         memory, module = arguments.gpu_memory, _module("utils.planning")
         gpu_bytes = _module("utils.plan").smallest_gpu() if memory is None else memory * 2**30
         lines = module.plan_lines(settings, dataset, arguments.gpus or settings.number_of_gpus, gpu_bytes)
@@ -209,6 +210,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         os.environ.setdefault(name, value)
     if arguments.master_port:
         os.environ["MASTER_PORT"] = str(arguments.master_port)
+    import_diffusers()
     trainer = _module("utils.trainer")
     world: World = _module("utils.world").join_world()
     _log_to_stderr(world.rank)
@@ -244,6 +246,12 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         return 1
     world.leave()
     return 0
+
+
+def import_diffusers() -> None:
+    """Loads it without what it would bring along: two seconds of every start, for nothing that is used here."""
+    with _module("utils.imports").hidden("peft", "bitsandbytes"):
+        importlib.import_module("diffusers")
 
 
 def _run_folder(run_dir: Path | None, settings: TrainSettings, resume: bool | str) -> RunFolder:
