@@ -8,6 +8,7 @@ Started by ``deepspeed --num_gpus=N train.py --deepspeed --config train.toml``, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.plan:
             return plan(arguments, settings, dataset)
         if arguments.hostfile:
-            return train_on_machines(arguments, sys.argv[1:] if argv is None else argv)
+            return train_on_machines(arguments, sys.argv[1:] if argv is None else argv, settings, dataset)
         return train(arguments, settings, dataset)
     except config.SettingsError as error:
         print(error, file=sys.stderr)
@@ -161,24 +162,29 @@ def _check_model(settings: TrainSettings) -> None:
 
 def prune_cache(settings: TrainSettings, days: float) -> int:
     """Removes from the cache folder of these settings what no dataset has used in ``days`` days."""
-    folder = Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
+    folder = _module("utils.preparation").cache_folder(settings)
     count, size = _module("utils.store").prune(folder, days)
     print(f"{folder}: {count} files removed, {size / 2**20:.0f} MiB")
     return 0
 
 
 def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
-    """Prints what the training will take; reads the model's files' headers alone."""
-    module, memory = _module("utils.plan"), arguments.gpu_memory
-    gpu_bytes = module.smallest_gpu() if memory is None else memory * 2**30
-    made = module.make_plan(settings, dataset, arguments.gpus or settings.number_of_gpus)
-    print("\n".join(made.lines(gpu_bytes)))
+    """Prints what the training will take; reads of the model's files the headers alone, and encodes nothing."""
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print there is no part of the plan
+        import_diffusers()
+        memory, module = arguments.gpu_memory, _module("utils.planning")
+        gpu_bytes = _module("utils.plan").smallest_gpu() if memory is None else memory * 2**30
+        lines = module.plan_lines(settings, dataset, arguments.gpus or settings.number_of_gpus, gpu_bytes)
+    print("\n".join(lines))
     return 0
 
 
-def train_on_machines(arguments: argparse.Namespace, argv: list[str]) -> int:
+def train_on_machines(
+    arguments: argparse.Namespace, argv: list[str], settings: TrainSettings, dataset: DatasetSettings
+) -> int:
     """Starts the same command, without the list of machines, on each of them."""
     machines, folders = _module("utils.machines"), {}
+    paths = machines.paths_in([settings.model_dump(exclude={"environment"}), dataset.model_dump()])
     apart = argparse.ArgumentParser(add_help=False)
     add_machine_arguments(apart)
     if arguments.run_dir:
@@ -187,8 +193,8 @@ def train_on_machines(arguments: argparse.Namespace, argv: list[str]) -> int:
     try:
         hosts = machines.read_hostfile(arguments.hostfile, arguments.num_nodes, arguments.num_gpus)
         return int(machines.run(
-            hosts, Path(__file__).resolve(), apart.parse_known_args(argv)[1],
-            folders=folders, master_addr=arguments.master_addr, master_port=arguments.master_port))  # fmt: skip
+            hosts, Path(__file__).resolve(), apart.parse_known_args(argv)[1], folders=folders, paths=paths,
+            master_addr=arguments.master_addr, master_port=arguments.master_port))  # fmt: skip
     except _module("utils.config").SettingsError as error:
         if arguments.run_dir:  # whoever watches the run looks there
             run_folder = _module("utils.run_folder")
@@ -204,6 +210,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         os.environ.setdefault(name, value)
     if arguments.master_port:
         os.environ["MASTER_PORT"] = str(arguments.master_port)
+    import_diffusers()
     trainer = _module("utils.trainer")
     world: World = _module("utils.world").join_world()
     _log_to_stderr(world.rank)
@@ -239,6 +246,12 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         return 1
     world.leave()
     return 0
+
+
+def import_diffusers() -> None:
+    """Loads it without what it would bring along: two seconds of every start, for nothing that is used here."""
+    with _module("utils.imports").hidden("peft", "bitsandbytes"):
+        importlib.import_module("diffusers")
 
 
 def _run_folder(run_dir: Path | None, settings: TrainSettings, resume: bool | str) -> RunFolder:

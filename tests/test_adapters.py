@@ -290,6 +290,19 @@ def test_diffusers_names_in_all_spellings(bench: Bench, tmp_path: Path, spelling
     torch.testing.assert_close(frozen_weight(denoiser.get_submodule(name)), before + 0.5 * up @ down)
 
 
+def test_layers_are_also_named_as_in_the_exported_file(tmp_path: Path) -> None:
+    """Files for Wan name layers as Wan's own code does; the layers here are diffusers'."""
+    bench = Bench(tmp_path, "wan", variant="i2v")
+
+    def names(**adapter: Any) -> set[str]:
+        family, denoiser, settings = built(bench, adapter=adapter)
+        return set(target_names(denoiser, family, settings))
+
+    left_out = names() - names(exclude_modules=["k_img", "v_img"])
+    assert left_out and left_out == {name for name in names() if name.endswith((".add_k_proj", ".add_v_proj"))}
+    assert names(target_modules=[r"blocks\.0\.ffn\.2$"]) == {"blocks.0.ffn.net.2"}
+
+
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_layer_has_a_native_name_and_no_spelling_is_ambiguous(family: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path, family)

@@ -117,11 +117,13 @@ def test_edit_instructions(tmp_path):
     picture(folder / "target_images/t.png", seed=1)
     picture(folder / "source_images/s1.png", seed=2)
     picture(folder / "source_images/s2.png", seed=3)
+    os.mkfifo(tmp_path / "pipe.png")
     elsewhere = picture(tmp_path / "elsewhere.png", seed=4)
     lines = [
         {"source_image": "s1.png", "target_image": "t.png", "instruction": "make it blue"},
         {"source_images": ["s1.png", "source_images/s2.png"], "target_image": "target_images/t.png", "prompt": "mix"},
         {"source_image": "gone.png", "target_image": "t.png", "instruction": "x"},
+        {"source_image": str(tmp_path / "pipe.png"), "target_image": "t.png", "instruction": "x"},
         {"source": ["s1.png"], "target_images": ["t.png", str(elsewhere)], "instruction": ["both", "two of them"]},
     ]
     (folder / "edit_instructions.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -131,7 +133,9 @@ def test_edit_instructions(tmp_path):
         (("both", "two of them"), ["s1.png"]), (("both", "two of them"), ["s1.png"])]  # fmt: skip
     assert samples[-1].name == str(elsewhere)
     assert len({s.key for s in samples}) == 4
-    assert "gone.png" in next(iter(report.left_out.values()))
+    gone, pipe, *_ = report.left_out.values()
+    assert "gone.png' is not there" in gone
+    assert "pipe.png': a pipe or device, not a file" in pipe
     for title in ("SDXL", "Wan"):
         with pytest.raises(SettingsError, match=f"{title} takes no control pictures"):
             look(folder, families()[title.lower()])

@@ -7,17 +7,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from diffusion_trainer.utils import launch
 from diffusion_trainer.utils.config import SettingsError, write_toml
-from diffusion_trainer.utils.machines import read_hostfile
+from diffusion_trainer.utils.machines import paths_in, read_hostfile
 from diffusion_trainer.utils.run_folder import RunFolder
 from machines import Machines
 from training import ROOT, Bench, Result, free_port
@@ -72,6 +74,13 @@ def trainers(folder: RunFolder) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def test_what_all_machines_must_have(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    settings = {"model": {"path": str(tmp_path / "model"), "name": "flux"}, "directory": [{"path": "/nowhere/at all"}],
+                "prompts": ["/", str(tmp_path)], "steps": 3}  # fmt: skip
+    assert paths_in(settings) == [str(tmp_path / "model"), "/", str(tmp_path)]
 
 
 def test_the_list_of_machines(tmp_path: Path) -> None:
@@ -144,6 +153,22 @@ def test_the_starter_is_interrupted_or_killed(machines: Machines, folder: RunFol
 
 
 @pytest.mark.ssh
+def test_a_connection_breaks(machines: Machines, folder: RunFolder) -> None:
+    machines.serve("beta")
+    behave(folder)
+    starter = start(folder, machines.hostfile("alpha", "beta"))
+    until(lambda: folder.read_status().state == "training")
+    connections = [child for child in psutil.Process(starter.pid).children() if "beta" in child.cmdline()]
+    assert len(connections) == 1
+    connections[0].kill()
+    said = starter.communicate(timeout=60)[0]
+    assert starter.returncode != 0
+    assert "beta ended with code" in said
+    assert folder.read_status().state == "stopped"
+    until(lambda: not trainers(folder))
+
+
+@pytest.mark.ssh
 def test_a_second_interrupt_kills(machines: Machines, folder: RunFolder) -> None:
     machines.serve("beta")
     behave(folder, stubborn=True)
@@ -198,9 +223,20 @@ def test_variables_reach_the_machines(
         assert seen["SSH_CONNECTION"].split()[2] == f"127.0.0.{rank + 1}"
 
 
-def run_by_node(folder: RunFolder, hostfile: Path) -> launch.Run:
+def run_by_node(folder: RunFolder, hostfile: Path, resume: str | None = None) -> launch.Run:
     """As the Train node starts it."""
-    return launch.start(folder, num_gpus=1, identity="x", machines=[f"--hostfile={hostfile}"])
+    return launch.start(folder, num_gpus=1, identity="x", machines=[f"--hostfile={hostfile}"], resume=resume)
+
+
+def from_command_line(machines: Machines, bench: Bench, folder: Path, **changes: Any) -> str:
+    """What train.py says that cannot train on alpha and beta."""
+    write_toml(folder / "train.toml", bench.settings(**changes))
+    write_toml(folder / "dataset.toml", bench.dataset())
+    command = [sys.executable, str(ROOT / "train.py"), f"--hostfile={machines.hostfile('alpha', 'beta')}", "--config",
+               "train.toml"]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    return done.stdout + done.stderr
 
 
 @pytest.mark.ssh
@@ -209,6 +245,8 @@ def test_machines_that_are_not_ready(machines: Machines, tmp_path: Path, monkeyp
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "env").symlink_to(Path(sys.prefix))
     bench = Bench(tmp_path / "bench")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "flux").symlink_to(bench.root / "model")
     folder = RunFolder.create(bench.root / "out")
     write_toml(folder.train_toml, bench.settings())
     write_toml(folder.dataset_toml, bench.dataset())
@@ -216,7 +254,11 @@ def test_machines_that_are_not_ready(machines: Machines, tmp_path: Path, monkeyp
     assert run.wait(60) == "failed"
     assert "environment.hostfile: gone cannot be reached by ssh (ssh: connect to host" in run.failure_text()
     assert "'ssh -o BatchMode=yes gone true' must work" in run.failure_text()
-    machines.serve("beta", without=[bench.root / "out", tmp_path / "python"])
+    machines.serve("beta", without=[bench.root / "out", tmp_path / "python", tmp_path / "models"])
+    said = from_command_line(machines, bench, tmp_path, model={"diffusers_path": str(tmp_path / "models" / "flux")})
+    assert f"environment.hostfile: beta has not '{tmp_path / 'models' / 'flux'}', which the settings name" in said
+    said = from_command_line(machines, bench, tmp_path)
+    assert f"output_dir: {socket.gethostname()} cannot see '{bench.root / 'out'}/" in said
     run = run_by_node(folder, machines.hostfile("alpha", "beta"))
     assert run.wait(60) == "failed"
     assert f"environment.hostfile: beta cannot use the working folder '{folder.path}'" in run.failure_text()
@@ -245,6 +287,11 @@ def test_the_node_s_run_ends_on_all_machines(machines: Machines, tmp_path: Path,
     if stop == "control file":
         folder.request("save_quit")
         assert run.wait(60) == "stopped"
+        before = folder.read_status().step
+        resumed = run_by_node(folder, machines.hostfile("alpha", "beta"), resume=folder.path.name)
+        until(lambda: resumed.poll() or resumed.status().step > before, 120)
+        assert resumed.stop(grace=60) == "stopped", resumed.failure_text()
+        assert folder.read_status().step > before
     elif stop == "cancel":
         assert run.stop(grace=60) == "stopped"
     else:

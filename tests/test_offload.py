@@ -192,6 +192,40 @@ def test_swapped_blocks_are_spread(count: int, expected: list[int]) -> None:
     assert [layer.name for layer in swapped(layers, layers, count)] == [f"b{n}" for n in expected]
 
 
+class Double(Block):
+    """Another kind."""
+
+
+class Tiny(Block):
+    """And one more."""
+
+
+def kinds(*counts: tuple[type[Block], int, int]) -> list[Layer]:
+    """Layers of so many blocks of each kind and width, without values."""
+    with torch.device("meta"):
+        blocks = [kind(width, 0) for kind, width, count in counts for _ in range(count)]
+    return [Layer(f"{n}", lambda *_: None, {"block": block}, is_block=True) for n, block in enumerate(blocks)]
+
+
+def test_each_kind_copies_as_much_for_the_time_it_computes() -> None:
+    """Like Flux: double blocks have more than twice the weights of single ones, which compute nearly as long."""
+    layers, costs = kinds((Double, 680, 19), (Block, 280, 38)), [182] * 19 + [159] * 38
+    for count in range(58):
+        chosen = [int(layer.name) for layer in swapped(layers, layers, count, costs)]
+        assert len(chosen) == count
+        doubles, singles = (sum(n < 19 for n in chosen), sum(n >= 19 for n in chosen))
+        loads = [doubles * 680 / (19 * 182), singles * 280 / (38 * 159)]
+        if doubles < 19 and singles < 38:
+            assert abs(loads[0] - loads[1]) <= max(680 / (19 * 182), 280 / (38 * 159)) + 0.01
+    assert [len(swapped(layers, layers, count, costs)) for count in (55, 57, 100)] == [55, 57, 57]
+
+
+def test_kinds_of_small_blocks_are_swapped_last() -> None:
+    layers = kinds((Tiny, 8, 4), (Block, 280, 4))
+    costs = [1000] * 4 + [1] * 4
+    assert [layer.name for layer in swapped(layers, layers, 5, costs)] == ["3", "4", "5", "6", "7"]
+
+
 def test_stages_share_the_number() -> None:
     layers = chain([8] * 6)[1]
     assert [len(swapped(layers, part, 3)) for part in (layers[:2], layers[2:])] == [1, 2]

@@ -7,6 +7,7 @@ import diffusion_trainer.train as entry
 import pytest
 import tomli_w
 from diffusion_trainer.models import configs, families
+from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
 
 COMMON = {"dtype": "bfloat16", "timestep_sample_method": "logit_normal"}
@@ -104,6 +105,7 @@ OTHER_FORMS = [
     {"adapter": None},
     {"optimizer": {"type": "genericoptim", "lr": 1e-4, "momentum_type": "ema", "second_moment_type": "sn"}},
     {"optimizer": {"type": "automagic"}},
+    {"eval_every_n_steps": 0, "save_every_n_examples": 0, "checkpoint_every_n_minutes": 0},
     {"optimizer": {"type": "Prodigy", "lr": 1, "d_coef": 0.5, "beta2_half_life": 1000, "gradient_release": False}},
     {"training_sampler": {"sample_every_n_steps": 0, "sample_every_n_epochs": 1, "height": 1024, "width": 1024,
                           "num_inference_steps": 20, "guidance_scale": 5.0, "sample_prompt": "a cat"}},
@@ -207,3 +209,72 @@ def test_flags_of_the_earlier_trainer_are_taken():
         "--i_know_what_i_am_doing", "--test_sample", "--master_port", "29501", "--dump_dataset", "d"])  # fmt: skip
     assert arguments.resume_from_checkpoint is True
     assert all(getattr(arguments, name) for name in entry.SWITCHES)
+
+
+def test_forms_that_users_files_have_are_taken_for_their_evident_meaning(caplog):
+    """Each is said once: another name, a table for one option, a layer list by another program's names."""
+    file = train_file("flux")
+    del file["max_steps"], file["warmup_steps"]
+    file |= {"num_steps": 400, "output_name": "mine", "mixed_precision": "bf16",
+             "deepspeed": {"train_micro_batch_size_per_gpu": 1},
+             "lr_scheduler": {"type": "cosine", "num_warmup_steps": 30, "min_lr": 1e-6}}  # fmt: skip
+    file["model"] |= {"load_dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
+    file["partition"] = file.pop("partition_method")
+    file["adapter"] = {"type": "lora", "rank": 8, "lora_dtype": "float32", "only_double_blocks": True,
+                       "exclude_linear_modules": ["proj_out"]}  # fmt: skip
+    settings = parse_train_settings(file)
+    assert (settings.max_steps, settings.warmup_steps, settings.lr_scheduler) == (400, 30, "cosine")
+    assert settings.lr_min_ratio == pytest.approx(1e-6 / OPTIMIZER["lr"])
+    assert settings.adapter.dtype == "float32"
+    assert settings.adapter.exclude_modules == ["proj_out", "single_transformer_blocks"]
+    said = [record.getMessage() for record in caplog.records]
+    for key in ("num_steps", "output_name", "mixed_precision", "load_dtype", "attn_implementation", "partition",
+                "deepspeed", "[lr_scheduler]", "lora_dtype", "only_double_blocks",
+                "exclude_linear_modules"):  # fmt: skip
+        assert sum(line.startswith(f"{key}: ") for line in said) == 1, key
+
+
+def test_options_of_the_run_below_a_table_are_taken(caplog):
+    """TOML gives what follows [optimizer] to that table; an optimizer's own arguments stay there."""
+    file = train_file("flux")
+    for key in ("epochs", "save_every_n_epochs", "micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
+        file["optimizer"][key] = file.pop(key)
+    file["adapter"]["gradient_accumulation_steps"] = file.pop("gradient_accumulation_steps")
+    file["optimizer"]["warmup_steps"] = 7
+    settings = parse_train_settings(file)
+    assert (settings.epochs, settings.save_every_n_epochs, settings.gradient_accumulation_steps) == (1000, 5, 4)
+    assert settings.micro_batch_size_per_gpu == [[512, 4], [1024, 1]]
+    assert settings.optimizer.model_extra == {"warmup_steps": 7}
+    said = [record.getMessage() for record in caplog.records]
+    assert "optimizer.epochs: taken as epochs, which belongs above the first table" in said
+    with pytest.raises(SettingsError, match=r"adapter.epochs: unknown option"):
+        parse_train_settings(train_file("flux") | {"adapter": {"type": "lora", "epochs": 3}})
+
+
+def test_a_scheduler_table_is_checked():
+    cases = [({"type": "cosine", "warmup_step": 5}, r"lr_scheduler.warmup_step: unknown option"),
+             ({"type": "cosine", "warmup_steps": 5}, r"warmup_steps: 100 here, but 5 in \[lr_scheduler\]"),
+             ({"type": "sine"}, "lr_scheduler: must be 'constant'")]  # fmt: skip
+    for table, message in cases:
+        with pytest.raises(SettingsError, match=message):
+            parse_train_settings(train_file("flux") | {"lr_scheduler": table})
+
+
+def test_several_dataset_files_are_refused_with_what_to_do():
+    with pytest.raises(SettingsError, match=r"dataset: must be one file; put the \[\[directory\]\] tables"):
+        parse_train_settings(train_file("flux") | {"dataset": ["/a.toml", "/b.toml"]})
+
+
+def test_forms_of_users_datasets_are_taken(caplog):
+    """Sizes for each folder and none at the top; captions and buckets by another program's names."""
+    file = {"shuffle_caption": True, "keep_tokens": 2, "bucket_resolution_steps": 64, "directory": [
+        {"path": "/data/a", "size_buckets": [[256, 256, 33]], "caption_extension": ".txt"},
+        {"path": "/data/b", "control_paths": ["/data/c", "/data/d"], "frame_buckets": [1]}]}  # fmt: skip
+    dataset = parse_dataset_settings(file)
+    assert [(folder.shuffle_tags, folder.keep_tokens) for folder in dataset.directory] == [(True, 2)] * 2
+    assert dataset.directory[0].size_buckets == [[256, 256, 33]]
+    said = [record.getMessage() for record in caplog.records]
+    assert sum(line.startswith("bucket_resolution_steps: not used") for line in said) == 1
+    assert sum(line.startswith("caption_extension: not used") for line in said) == 1
+    with pytest.raises(SettingsError, match="caption_extensions: unknown option"):
+        parse_dataset_settings({"directory": [{"path": "/data/a", "caption_extensions": ".txt"}]})

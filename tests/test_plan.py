@@ -1,18 +1,22 @@
-"""The plan against what really is: shapes of samples, bytes of weights, activations that autograd keeps."""
+"""The plan against what really is: shapes of samples, bytes of weights and state, memory while a step runs."""
 
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusion_trainer.diffusion_nodes.training_plan import TrainingPlan
 from diffusion_trainer.models import families
-from diffusion_trainer.utils.adapters import inject
+from diffusion_trainer.utils.activations import Meter
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.plan import GIB, make_plan
+from diffusion_trainer.utils.plan import GIB, verdict
+from diffusion_trainer.utils.planning import find_samples, make_plan, plan_lines, step_lines
 from diffusion_trainer.utils.settings import family_of, parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.sharding import local
+from diffusion_trainer.utils.trainer import Trainer
 from diffusion_trainer.utils.watch import Watch
 from test_families import MINIATURES, examples, load
-from training import write_pictures
+from training import Bench, write_pictures
 
 CPU = torch.device("cpu")
 
@@ -23,12 +27,20 @@ def table(request, tmp_path_factory):
     return families()[name].write_miniature(tmp_path_factory.mktemp(name), **variant)
 
 
-def planned(table, tmp_path, num_gpus=1, **changes):
+@pytest.fixture(scope="module", params=["flux", "sdxl", "wan"])
+def bench(request, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("plan"), request.param)
+
+
+def parsed(table, tmp_path, **changes):
     values = {"output_dir": str(tmp_path), "model": table, "adapter": {"type": "lora", "rank": 4},
               "optimizer": {"type": "adamw"}, **changes}  # fmt: skip
-    settings = parse_train_settings(values)
-    dataset = parse_dataset_settings({"resolutions": [64], "directory": [{"path": str(tmp_path)}]})
-    return settings, make_plan(settings, dataset, num_gpus)
+    settings = parse_train_settings({key: value for key, value in values.items() if value is not None})
+    return settings, parse_dataset_settings({"resolutions": [64], "directory": [{"path": str(tmp_path)}]})
+
+
+def planned(table, tmp_path, num_gpus=1, **changes):
+    return make_plan(*parsed(table, tmp_path, **changes), num_gpus)
 
 
 def test_shapes_are_those_of_encoded_samples(table):
@@ -42,68 +54,190 @@ def test_shapes_are_those_of_encoded_samples(table):
     assert [value.shape[0] for value in family.collate([blank] * 2).inputs] == [2] * len(family.collate([blank]).inputs)
 
 
-@pytest.mark.parametrize("changes", [{}, {"transformer_dtype": "float8"}])
-def test_weights_and_adapter_are_counted_to_the_byte(table, tmp_path, changes):
-    settings, plan = planned({**table, **changes}, tmp_path)
-    family = family_of(settings)
-    denoiser = inject(family.load_denoiser(CPU), family, settings.adapter, 0)
-    frozen = sum(p.nbytes for p in denoiser.parameters() if not p.requires_grad)
-    frozen += sum(buffer.nbytes for name, buffer in denoiser.named_buffers() if name.endswith("weight_scale"))
-    memory = plan.stages[0].memory
-    assert memory.weights == pytest.approx(frozen, rel=1e-9)
-    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    assert (plan.trained, memory.adapter, memory.gradients, memory.optimizer) == (
-        trained, 4 * trained, 4 * trained, 8 * trained)  # fmt: skip
+# -- against a real step --------------------------------------------------------------------------------------
 
 
-def test_activations_are_those_that_autograd_keeps(table, tmp_path):
-    settings, plan = planned(table, tmp_path, activation_checkpointing=False)
-    family = family_of(settings)
-    denoiser = inject(family.load_denoiser(CPU), family, settings.adapter, 0)
-    tensors = family.collate([family.blank_example(*plan.size)]).inputs
-    kept = {}
+class Seen:
+    """A training of this process, with what it took."""
 
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = (tensor, storage.nbytes())
-        return tensor
+    def __init__(self) -> None:
+        self.held = self.peak = 0.0
 
-    weights = {p.untyped_storage()._cdata for p in denoiser.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for layer in family.layers(denoiser):
-            tensors = layer.forward(SimpleNamespace(**layer.submodules), *tensors)
-    real = sum(size for key, (_, size) in kept.items() if key not in weights)
-    assert 0.6 * real < plan.stages[0].memory.activations < 1.7 * real
+    def watch(self, trainer: Trainer, data: Any, model: Any) -> None:
+        self.trainer, self.samples, self.engine, self.trained = trainer, data.train.samples, model.engine, model.trained
+        engine, run = model.engine, model.engine._micro_step
+
+        def micro_step(inputs: Any, labels: Any) -> Any:
+            given = sum(tensor.nbytes for tensor in (*inputs, *labels))
+            with Meter() as meter:
+                loss = run(inputs, labels)
+            self.peak = max(self.peak, meter.peak + given)
+            return loss
+
+        engine._micro_step = micro_step
+
+    @property
+    def plan(self) -> Any:
+        trainer = self.trainer
+        return make_plan(trainer.settings, trainer.dataset, 1, trainer.family, self.samples)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all tensors of the network on the device, the pool in the place of what is swapped."""
+        swap = self.engine.module.swap
+        tensors = [*self.engine.module.parameters(), *self.engine.module.buffers(), *([swap._pool] if swap else [])]
+        return sum({(s := tensor.untyped_storage()).data_ptr(): s.nbytes() for tensor in tensors}.values())
+
+    @property
+    def state(self) -> int:
+        return sum(
+            value.nbytes
+            for optimizer in self.trained.optimizers
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+
+    @property
+    def masters(self) -> int:
+        return sum(p.nbytes for name, p in self.trained.stepped.items() if p is not self.trained.parameters[name])
+
+    @property
+    def gradients(self) -> int:
+        return sum(flat.nbytes for flat in self.trained.gradients._flat)
 
 
-def test_checkpointing_and_swapping_take_less(table, tmp_path):
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    found, build = Seen(), Trainer._build
+
+    def watched(self: Trainer, data: Any) -> Any:
+        model = build(self, data)
+        found.watch(self, data, model)
+        return model
+
+    monkeypatch.setattr(Trainer, "_build", watched)
+    return found
+
+
+FULL: dict[str, Any] = {"adapter": None, "model": {"dtype": "bfloat16"}, "save_dtype": "bfloat16"}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "average": {"activation_checkpointing": False, "ema_decay": 0.9},
+    "swapped float8": {"blocks_to_swap": 3, "model": {"transformer_dtype": "float8"}},
+    "offloaded": {"activation_checkpointing": "selective", "optimizer": {"type": "adamw8bit", "offload": True},
+                  "ema_decay": 0.9},
+    "all weights": FULL,
+    "Kahan sums, some swapped": {**FULL, "optimizer": {"type": "adamw_optimi"}, "blocks_to_swap": 100,
+                                 "train_only": ["norm", "bias"]},
+}  # fmt: skip
+OF_EACH = ("average", "swapped float8")
+"""The rest depends little on the family."""
+
+
+@pytest.mark.parametrize(
+    ("bench", "changes"),
+    [
+        pytest.param(family, changes, id=f"{family}, {name}")
+        for family in ("flux", "sdxl", "wan")
+        for name, changes in CASES.items()
+        if family == "flux" or name in OF_EACH
+    ],
+    indirect=["bench"],
+)
+def test_what_a_training_takes_is_what_was_planned(bench: Bench, seen: Seen, changes: dict[str, Any]) -> None:
+    bench.train(max_steps=4, epochs=2, **changes)
+    memory, stays = seen.plan.stages[0].memory, seen.plan.stages[0].memory.stays
+    swap, average = seen.engine.module.swap, seen.trained.ema
+    offload = bool(seen.trainer.settings.optimizer.offload)
+    assert stays.weights + stays.adapter == seen.weights
+    assert stays.gradients == seen.gradients
+    in_average = sum(value.nbytes for value in average.values.values()) if average else 0
+    main = {"swapped blocks": swap.main_bytes if swap else 0,
+            "optimizer": (2 * seen.masters + seen.state) * offload, "average": in_average * offload}  # fmt: skip
+    assert memory.main == pytest.approx({what: size for what, size in main.items() if size}, rel=1e-3)
+    assert stays.optimizer == pytest.approx((seen.masters + seen.state) * (not offload), rel=1e-3)
+    assert stays.average == in_average * (not offload)
+    assert memory.activations == pytest.approx(
+        seen.peak, rel=0.06 if bench.model["type"] == "sdxl" else 0.01
+    )  # its attention differs on CPUs
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_shares_of_zero_are_what_was_planned(tmp_path: Path, seen: Seen, stage: int) -> None:
+    Bench(tmp_path).train(max_steps=2, **FULL, zero_stage=stage)
+    stays = seen.plan.stages[0].memory.stays
+    assert stays.weights == sum(local(p).nbytes for p in seen.engine.module.parameters())
+    assert stays.gradients == 4 * sum(p.numel() for p in seen.trained.stepped.values())
+    assert stays.optimizer == pytest.approx(seen.state, rel=1e-3)
+    assert stays.gathered > 0
+
+
+@pytest.mark.parametrize("bench", ["flux", "wan"], indirect=True)
+def test_checkpointing_and_swapping_take_less(bench, tmp_path):
+    table = bench.model
     modes = ["selective", True, "unsloth"]  # a miniature has so few blocks that without any it may take less
-    held = [planned(table, tmp_path, activation_checkpointing=mode)[1].stages[0].memory.activations for mode in modes]
+    held = [planned(table, tmp_path, activation_checkpointing=mode).stages[0].memory.activations for mode in modes]
     assert held == sorted(held, reverse=True), held
-    plain, swapped = (planned(table, tmp_path, blocks_to_swap=count)[1].stages[0] for count in (0, 100))
-    assert swapped.num_swapped == swapped.num_blocks
-    assert swapped.memory.main_memory > 0
-    assert swapped.memory.weights <= plain.memory.weights
+    plain, swapped = (planned(table, tmp_path, blocks_to_swap=count).stages[0] for count in (0, 100))
+    assert swapped.memory.stays.num_swapped == swapped.num_blocks
+    assert swapped.memory.main["swapped blocks"] > 0
+    assert swapped.memory.stays.weights < 1.02 * plain.memory.stays.weights  # two blocks of a miniature are the pool
 
 
-def test_stages(table, tmp_path):
-    whole = planned(table, tmp_path)[1]
-    plan = planned(table, tmp_path, num_gpus=4, pipeline_stages=2, gradient_accumulation_steps=3)[1]
+def test_stages(bench, tmp_path):
+    table = bench.model
+    whole = planned(table, tmp_path)
+    plan = planned(table, tmp_path, num_gpus=4, pipeline_stages=2, gradient_accumulation_steps=3)
     assert (plan.data_parallel, plan.effective_batch, plan.bubble) == (2, 6, 0.25)
-    assert sum(stage.memory.weights for stage in plan.stages) == pytest.approx(whole.stages[0].memory.weights)
-    text = "\n".join(plan.lines(1 * GIB))
-    assert "bubble: 25%" in text
-    assert "fits: " in text
-    assert "does not fit: " in plan.lines(2**20)[-1]
+    assert sum(stage.memory.stays.weights for stage in plan.stages) == whole.stages[0].memory.stays.weights
+    assert [stage.memory.messages > 0 for stage in plan.stages] == [True, True]
+    assert "bubble: 25%" in "\n".join(plan.lines())
+    assert verdict(plan, {}, 1 * GIB)[0].startswith("fits: training")
+    assert verdict(plan, {}, 2**20)[0].startswith("does not fit: training")
 
 
-def test_command_and_node(table, tmp_path):
+def test_drawing_and_encoding_are_planned(bench, tmp_path):
+    table = bench.model
+    sample = {"prompts": ["a ball"], "width": 64, "height": 64, "frames": 5}
+    lines = plan_lines(*parsed(table, tmp_path, sample=sample), 1, 2 * GIB)
+    family = load(table)
+    names = [f"encoding captions with {name}" for name in family.text_encoders]
+    assert [line.split(",")[0] for line in lines[-len(names) - 2 :]] == [
+        f"fits: {what}" for what in ("training", "drawing samples", *names)
+    ]
+    assert any(line.startswith("steps: not known (dataset: no usable picture in") for line in lines)
+
+
+def test_steps_are_those_of_the_training(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    options: dict[str, Any] = {"epochs": 3, "micro_batch_size_per_gpu": 2, "max_steps": 100}
+    settings, dataset = parse_train_settings(bench.settings(**options)), bench.parsed_dataset()
+    samples = find_samples(settings, dataset, family_of(settings))
+    assert step_lines(samples, settings, 1)[0] == "dataset: 6 samples of 2 sizes"
+    assert step_lines(samples, settings, 2)[1] == "steps: 2 in the first epoch, 6 in all"
+    result = bench.train(**options)
+    assert step_lines(samples, settings, 1)[1] == f"steps: 4 in the first epoch, {result.status.total_steps} in all"
+
+
+def test_counting_ends_when_it_takes_too_long(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    settings, dataset = parse_train_settings(bench.settings()), bench.parsed_dataset()
+    found = find_samples(settings, dataset, family_of(settings), patience=-1.0)
+    assert step_lines(found, settings, 1) == [
+        "steps: not known (6 files that nobody has looked at yet would take too long; the training does)"]  # fmt: skip
+    assert len(find_samples(settings, dataset, family_of(settings))) == 6
+
+
+def test_command_and_node(tmp_path):
+    table = families()["flux"].write_miniature(tmp_path / "model")
     write_pictures(tmp_path / "pictures")
-    if table["type"] != "flux":
-        pytest.skip("one process is enough")
     values = {"output_dir": str(tmp_path), "model": table, "optimizer": {"type": "adamw"}, "adapter": {"type": "lora"}}
     (text,) = TrainingPlan().plan({"directory": [{"path": str(tmp_path / "pictures")}]}, values, 2.0)
     assert "largest batch: 1 of 512x512" in text
+    assert "steps: 6 in the first epoch, 300 in all" in text
+    assert "fits: training" in text
     assert "of 2.0 GiB" in text
     broken = {**values, "model": {**table, "diffusers_path": str(tmp_path / "none")}}
     with pytest.raises(SettingsError, match="does not exist"):

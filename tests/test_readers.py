@@ -66,6 +66,30 @@ def test_leaving_does_not_wait_for_what_is_being_read():
     assert all(future.done() for future in futures)
 
 
+def test_what_a_decoder_never_comes_back_from_is_given_up(tmp_path, monkeypatch, caplog):
+    os.mkfifo(tmp_path / "a.png")  # nobody ever writes to it
+    monkeypatch.setattr("diffusion_trainer.utils.readers.LONG", 0.5)
+    with Readers(1, longest=1.5) as readers:
+        first = readers.submit(os.getpid).result()
+        with pytest.raises(ReaderDied, match="took more than 2 s; is the file damaged, or its disk away"):
+            readers.submit(read_picture, Source(str(tmp_path / "a.png")), Bucket(64, 48)).result()
+        source = Source(str(picture(tmp_path / "b.png")))
+        assert readers.submit(read_picture, source, Bucket(64, 48)).result().shape == (3, 1, 48, 64)
+        assert not psutil.pid_exists(first)
+    assert caplog.messages == [f"reading takes long, and is given up after 2 s: {tmp_path / 'a.png'}"]
+
+
+def test_files_beside_one_that_hangs_are_found(tmp_path):
+    for name in "ac":
+        picture(tmp_path / f"{name}.png", seed=name)
+    os.mkfifo(tmp_path / "b.png")
+    entries = [(Source(str(path)), stamp_of(path.stat())) for path in sorted(tmp_path.iterdir())]
+    with Readers(1, longest=2) as readers:
+        found = Index(tmp_path / "cache" / "index.sqlite", readers).media(str(tmp_path), entries)
+    assert [isinstance(found[source], str) for source, _ in entries] == [False, True, False]
+    assert "cannot be read: reading it took more than 2 s" in str(found[entries[1][0]])
+
+
 PARENT = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it

@@ -31,6 +31,19 @@ def test_switches_only_where_gpus_need_them(names: list[str], reach_each_other: 
     assert needed_switches(names, reach_each_other) == switches
 
 
+def test_processes_that_never_meet_end_and_say_why() -> None:
+    """One of two, as when the launcher cannot reach the other's machine."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import conftest\n"
+    code += "from diffusion_trainer.utils import world; world.JOIN_SECONDS = 2; world.join_world()"
+    port = str(free_port())
+    alone = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "tests")], env=alone, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert f"rank 0: the 2 processes did not meet at 127.0.0.1:{port} within 2 s" in done.stderr
+
+
 def test_two_machines_through_torchrun(tmp_path: Path) -> None:
     """Two launchers that know each other by address and port alone, as on two machines."""
     bench = Bench(tmp_path)

@@ -28,7 +28,12 @@ KINDS: dict[str, type[Adapter]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}
 
 
 def inject(
-    denoiser: nn.Module, family: Family, settings: AdapterTable, seed: int, rates: Mapping[str, float] | None = None
+    denoiser: nn.Module,
+    family: Family,
+    settings: AdapterTable,
+    seed: int,
+    rates: Mapping[str, float] | None = None,
+    shapes_alone: bool = False,
 ) -> nn.Module:
     """Freezes ``denoiser`` and adds trainable fp32 adapters to its target layers, in place.
 
@@ -37,6 +42,7 @@ def inject(
 
     Args:
         rates: Learning rates by regular expression of names; layers that would have 0 get none.
+        shapes_alone: Layers on the meta device get one, too, which has no values either.
 
     Raises:
         SettingsError: target_modules or exclude_modules name no layer; the existing file does not fit.
@@ -48,7 +54,7 @@ def inject(
     names = sorted({*targets, *existing})
     for name in names:
         base: Any = denoiser.get_submodule(name)
-        if base.weight.is_meta:
+        if base.weight.is_meta and not shapes_alone:
             continue
         adapter = _adapter(settings, name, shapes[name], seed, existing.get(name)).to(base.weight.device)
         adapted = Adapted(
@@ -107,23 +113,21 @@ def target_names(denoiser: nn.Module, family: Family, settings: AdapterTable) ->
             if (settings.convolutions or not shape.kernel) and any(name.startswith(f"{block}.") for block in blocks)
         }
     else:
-        chosen = _named("adapter.target_modules", settings.target_modules, shapes)
+        chosen = _named("adapter.target_modules", settings.target_modules, shapes, family)
     if settings.exclude_modules:
-        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, shapes)
+        chosen -= _named("adapter.exclude_modules", settings.exclude_modules, shapes, family)
     if not chosen:
         raise SettingsError("adapter.exclude_modules: no layer is left to get an adapter")
     return sorted(chosen)
 
 
-def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape]) -> set[str]:
-    """Layers whose name ends in an entry; where there is none, in whose name it is found as a regular expression."""
+def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape], family: Family) -> set[str]:
+    """Layers whose name ends in an entry; where there is none, in whose name it is found as a regular expression;
+    where there is none either, those that are so called in the exported file, as older files name them."""
     found: set[str] = set()
     for entry in entries:
-        matches = {name for name in layers if name == entry or name.endswith(f".{entry}")}
-        try:
-            matches = matches or {name for name in layers if re.search(entry, name)}
-        except re.error:
-            matches = set()
+        matches = _called(entry, {name: name for name in layers})
+        matches = matches or _called(entry, {family.lora_keys(name): name for name in layers})
         if not matches:
             known = sorted({name.rsplit(".", 1)[-1] for name in layers})
             raise SettingsError(
@@ -132,6 +136,15 @@ def _named(option: str, entries: Sequence[str], layers: Mapping[str, Shape]) -> 
             )
         found |= matches
     return found
+
+
+def _called(entry: str, layers: Mapping[str, str]) -> set[str]:
+    """Of ``layers``, by the name that is looked at."""
+    found = {layer for name, layer in layers.items() if name == entry or name.endswith(f".{entry}")}
+    try:
+        return found or {layer for name, layer in layers.items() if re.search(entry, name)}
+    except re.error:
+        return set()
 
 
 def _existing(denoiser: nn.Module, family: Family, settings: AdapterTable) -> dict[str, Addition]:

@@ -101,15 +101,11 @@ class Assembly:
 
     # -- the chain of this stage --------------------------------------------------------------------------
 
-    def _bounds(self, denoiser: nn.Module, layers: Sequence[Layer]) -> list[int]:
-        """Where the chain is cut into stages."""
-        s = self.settings
-        costs = self._costs(denoiser) if s.pipeline_stages > 1 and s.partition_method == "cost" else None
-        return partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
-
-    def _costs(self, denoiser: nn.Module) -> list[int]:
-        """Arithmetic of each layer for the largest sample."""
-        cache = self.cache
+    def _costs(self, denoiser: nn.Module) -> list[int] | None:
+        """Arithmetic of each layer for the largest sample, if stages or swapping go by it."""
+        s, cache = self.settings, self.cache
+        if not s.blocks_to_swap and not (s.pipeline_stages > 1 and s.partition_method == "cost"):
+            return None
         sizes = [sample.bucket.width * sample.bucket.height * sample.bucket.frames for sample in cache.samples]
         plan = [[Draw(sizes.index(max(sizes)), 0, 1.0)]]
         batch = next(iter(Loader(cache, self.family, self.settings.seed, 1).steps(0, plan)))[0]
@@ -120,8 +116,8 @@ class Assembly:
     ) -> tuple[Chain, Sharding | None, dict[nn.Module, int]]:
         """This stage of ``denoiser`` with its weights, how they are shared out, and which stage has which module."""
         s = self.settings
-        layers = self.family.layers(denoiser)
-        bounds = self._bounds(denoiser, layers)
+        layers, costs = self.family.layers(denoiser), self._costs(denoiser)
+        bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
         stage = self.world.stage(s.pipeline_stages)
         sharding = None
         swap = None
@@ -133,7 +129,7 @@ class Assembly:
         else:
             mine = layers[bounds[stage] : bounds[stage + 1]]
             with self._loading(self.family.denoiser_bytes(denoiser, _parameters(mine))):
-                swap = self._load_weights(denoiser, layers, mine)
+                swap = self._load_weights(denoiser, layers, mine, costs)
             self._adapt(denoiser, rates)
             links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
             if swap:
@@ -179,19 +175,30 @@ class Assembly:
         s = self.settings
         choose_weights(denoiser, s.train_only, s.freeze, rates)
         chosen = {name for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+        names = {parameter: name for name, parameter in denoiser.named_parameters()}
         links = [Link(layer) for layer in layers]
+
+        def load(link: nn.Module) -> None:
+            lists = [module for module in link.children() if isinstance(module, nn.ParameterList)]
+            loose = [(held, place, names[p]) for held in lists for place, p in enumerate(held)]
+            self.family.load_denoiser(self.world.device, denoiser, set(link.parameters()))
+            for held, place, name in loose:  # parameters that lie in no module of the link have been replaced
+                held[place] = denoiser.get_parameter(name)
+
         sharding.share_out(
             links,
-            lambda link: self.family.load_denoiser(self.world.device, denoiser, set(link.parameters())),
+            load,
             lambda: {parameter: name for name, parameter in denoiser.named_parameters()},
             chosen,
         )
         return links
 
-    def _load_weights(self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer]) -> BlockSwap | None:
+    def _load_weights(
+        self, denoiser: nn.Module, layers: Sequence[Layer], mine: Sequence[Layer], costs: Sequence[int] | None
+    ) -> BlockSwap | None:
         """Reads the weights of this stage, those of swapped blocks into main memory."""
         device, read = self.world.device, self.family.denoiser_reader()
-        waiting = swapped(layers, mine, self.settings.blocks_to_swap)
+        waiting = swapped(layers, mine, self.settings.blocks_to_swap, costs)
         apart = {layer.name for layer in waiting}
         rest = _parameters(layer for layer in mine if layer.name not in apart)
         self.family.load_denoiser(device, denoiser, rest, read)

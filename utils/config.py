@@ -13,7 +13,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,6 +31,9 @@ class SettingsError(ValueError):
 class Table(BaseModel):
     """A TOML table: unknown keys are refused, defaults are checked like values."""
 
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Options that older files have and that decide nothing here, with what the user is told of each."""
+
     model_config = ConfigDict(
         extra="forbid", validate_default=True, protected_namespaces=(), use_attribute_docstrings=False,
         defer_build=True,  # ComfyUI loads the package at every start, but rarely validates anything
@@ -43,6 +46,9 @@ class Table(BaseModel):
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
+        for name in cls.unused.keys() & values.keys():
+            logger.warning("%s: not used; %s", name, cls.unused[name])
+            del values[name]
         for name, field in cls.model_fields.items():
             for other in other_names(field):
                 if other not in values:

@@ -58,6 +58,9 @@ def _problem(task: dict[str, Any]) -> str:
         except OSError as error:
             return (f"cannot use the {what} '{folder}' ({error.strerror}); it must lie on a file system that all "
                     "machines share under the same path")  # fmt: skip
+    for path in task["paths"]:
+        if not os.path.exists(path):
+            return f"has not '{path}', which the settings name; models and pictures must be there under the same path"
     here = versions()
     for name, version in task["versions"].items():
         if here[name] != version:

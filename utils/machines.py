@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -85,14 +85,24 @@ def read_hostfile(path: Path, num_nodes: int | None = None, num_gpus: int | None
     return {name: num_gpus or slots for name, slots in used.items()}
 
 
+def paths_in(settings: Any) -> list[str]:
+    """The files and folders of this machine that tables and lists of settings name in full, such as models."""
+    if isinstance(settings, Mapping):
+        settings = list(settings.values())
+    if isinstance(settings, list):
+        return [path for value in settings for path in paths_in(value)]
+    return [settings] if isinstance(settings, str) and settings.startswith("/") and os.path.exists(settings) else []
+
+
 def run(
     hosts: Mapping[str, int], script: Path, arguments: list[str], *, folders: Mapping[str, str] | None = None,
-    master_addr: str | None = None, master_port: int | None = None,
+    paths: Sequence[str] = (), master_addr: str | None = None, master_port: int | None = None,
 ) -> int:  # fmt: skip
     """Runs ``script`` on all GPUs of ``hosts``; SIGINT and SIGTERM let it save and end, the second kills.
 
     Args:
         folders: What it is called to its path, of folders that all machines must have besides the working folder.
+        paths: Further files and folders that all must have.
         master_addr: Where the processes meet; left out, the first machine's address as the others see it.
         master_port: Left out, one that is free there.
 
@@ -104,7 +114,7 @@ def run(
     """
     task = {
         "script": str(script), "arguments": arguments, "environment": _environment(), "versions": guard.versions(),
-        "folders": {"working folder": os.getcwd(), **(folders or {})},
+        "folders": {"working folder": os.getcwd(), **(folders or {})}, "paths": list(paths),
     }  # fmt: skip
     fleet = _Fleet(hosts)
     try:

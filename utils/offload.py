@@ -33,6 +33,8 @@ ALIGNMENT = 256
 """Bytes; what kernels may ask of the address of a tensor."""
 NUM_PLACES = 2
 """Neighbouring blocks that the pool holds: one at work, one on its way."""
+SMALL = 0.25
+"""Share of the largest kind's weights below which a kind of block is hardly worth swapping."""
 
 Tensors = tuple[Tensor, ...]
 
@@ -168,8 +170,7 @@ class BlockSwap:
             self._part_with_trained(unit)
         self._units = [unit for unit in self._units if unit.places]
         self._index = {unit.name: number for number, unit in enumerate(self._units)}
-        sizes = [len(unit.host) for unit in self._units]
-        pool_size = max((sum(sizes[n : n + NUM_PLACES]) for n in range(len(sizes))), default=0)
+        pool_size = pool_bytes([len(unit.host) for unit in self._units])
         start = 0
         for unit in self._units:
             unit.start = start if start + len(unit.host) <= pool_size else 0
@@ -350,17 +351,57 @@ def _move(unit: _Unit, memory: Tensor, keep: bool) -> None:
         tensor.data = view.data  # has a version of its own: to autograd a block that arrives is no change
 
 
-def swapped(layers: Sequence[Layer], mine: Sequence[Layer], blocks_to_swap: int) -> list[Layer]:
-    """The blocks of this stage to swap, spread evenly, so that copies and computation do.
+def frozen_bytes(layer: Layer) -> int:
+    """What a block takes in main memory when it is swapped."""
+    return _layout(entry for entry in _weights(layer.submodules.values()) if not entry[2].requires_grad)[1]
+
+
+def pool_bytes(sizes: Sequence[int]) -> int:
+    """What swapped blocks of these sizes, in order, take on the device."""
+    return max((sum(sizes[n : n + NUM_PLACES]) for n in range(len(sizes))), default=0)
+
+
+def swapped(
+    layers: Sequence[Layer], mine: Sequence[Layer], blocks_to_swap: int, costs: Sequence[int] | None = None
+) -> list[Layer]:
+    """The blocks of this stage to swap.
+
+    How many of each kind is such that each kind has as many bytes to copy for the time that it computes; those of a
+    kind are spread evenly. Kinds of small blocks come last, as they free little.
 
     Args:
-        layers: Of the whole network.
+        layers: Of the whole network, their weights not quantised yet.
         mine: Of this stage.
         blocks_to_swap: Of the whole network; as many as there are if it has fewer.
+        costs: Arithmetic of each of ``layers``; left out: in proportion to the weights.
     """
     blocks = [layer for layer in mine if layer.is_block]
     total = sum(layer.is_block for layer in layers)
     if blocks_to_swap > total:
         logger.info("blocks_to_swap: the model has %d blocks; all are swapped", total)
     count = min(len(blocks), math.ceil(blocks_to_swap * len(blocks) / max(1, total)))
-    return [block for n, block in enumerate(blocks) if (n + 1) * count // len(blocks) > n * count // len(blocks)]
+    work = dict(zip((layer.name for layer in layers), costs or (), strict=bool(costs)))
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for number, block in enumerate(blocks):
+        kinds.setdefault(tuple(type(m).__name__ for m in block.submodules.values()), []).append(number)
+    chosen: set[int] = set()
+    for members, part in zip(kinds.values(), _shares(blocks, list(kinds.values()), work, count), strict=True):
+        of = len(members)
+        chosen |= {block for n, block in enumerate(members) if (n + 1) * part // of > n * part // of}
+    return [block for number, block in enumerate(blocks) if number in chosen]
+
+
+def _shares(blocks: Sequence[Layer], kinds: Sequence[Sequence[int]], work: dict[str, int], count: int) -> list[int]:
+    """How many of ``count`` blocks are of each kind."""
+    sizes = [sum(_num_weights(blocks[n]) for n in members) / len(members) for members in kinds]
+    times = [sum(work.get(blocks[n].name, _num_weights(blocks[n])) for n in members) for members in kinds]
+    shares = [0] * len(kinds)
+    for _ in range(count):
+        free = [kind for kind, members in enumerate(kinds) if shares[kind] < len(members)]
+        best = min(free, key=lambda k: (sizes[k] < SMALL * max(sizes), (shares[k] + 1) * sizes[k] / max(1, times[k])))
+        shares[best] += 1
+    return shares
+
+
+def _num_weights(block: Layer) -> int:
+    return sum(tensor.numel() for _, _, tensor in _weights(block.submodules.values()))

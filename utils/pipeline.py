@@ -34,6 +34,7 @@ from ..models.base import Batch, Layer
 from .checkpointing import Checkpointing
 from .graphs import StepGraphs
 from .offload import BlockSwap
+from .sharding import gathered
 from .trained import Trained
 from .world import World
 
@@ -131,7 +132,7 @@ class Chain(PipelineModule):
 
     def hooked(self) -> AbstractContextManager[None]:
         """The modules of this stage can be called by themselves, without gradients."""
-        return self.swap.hooked() if self.swap else contextlib.nullcontext()
+        return self.swap.hooked() if self.swap else gathered(self.forward_funcs)
 
     def let_go(self) -> None:
         """Weights that ranks share out are gathered anew when they are used again: the shares may change meanwhile."""

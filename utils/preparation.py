@@ -122,7 +122,7 @@ class Preparation:
 
     @property
     def _cache_folder(self) -> Path:
-        return Path(self.settings.cache_dir or Path(self.settings.output_dir) / "cache").expanduser()
+        return cache_folder(self.settings)
 
     def _index(self, readers: Readers) -> Index:
         return Index(self._cache_folder / "index.sqlite", readers, forget=self.settings.regenerate_cache)
@@ -168,6 +168,11 @@ class Preparation:
         logger.info("cache: %.0f MiB for this dataset in %s", report.cache_bytes / 2**20, self._cache_folder)
         text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
         write_whole(self.folder.path / "dataset_report.json", text)
+
+
+def cache_folder(settings: TrainSettings) -> Path:
+    """Where encoded data are kept, and what is known of files."""
+    return Path(settings.cache_dir or Path(settings.output_dir) / "cache").expanduser()
 
 
 def _without(samples: Sequence[Sample], unreadable: Mapping[str, str], what: str) -> list[Sample]:

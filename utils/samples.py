@@ -57,10 +57,7 @@ def requests_of(
     Raises:
         SettingsError: A picture to start from cannot be read.
     """
-    width, height = (_nearest(side, family.size_multiple, 0) for side in (settings.width, settings.height))
-    frames = 1
-    if family.fps and settings.frames > 1:
-        frames = _nearest(settings.frames, family.frame_multiple, family.frame_remainder)
+    width, height, frames = size_of(settings, family)
     if (width, height) != (settings.width, settings.height):
         logger.info("sample: drawn at %dx%d, which the model takes", width, height)
     requests = []
@@ -81,6 +78,15 @@ def requests_of(
             )
         )
     return requests
+
+
+def size_of(settings: Sampling, family: Family) -> tuple[int, int, int]:
+    """Width, height and frames of what is drawn, which the family has."""
+    width, height = (_nearest(side, family.size_multiple, 0) for side in (settings.width, settings.height))
+    frames = 1
+    if family.fps and settings.frames > 1:
+        frames = _nearest(settings.frames, family.frame_multiple, family.frame_remainder)
+    return width, height, frames
 
 
 def _nearest(value: int, multiple: int, remainder: int) -> int:

@@ -24,6 +24,12 @@ from .environment import Environment
 logger = logging.getLogger(__name__)
 
 
+SINGLE_BLOCKS = "single_transformer_blocks"
+_OF_THE_RUN = re.compile(
+    r"epochs|output_dir|dataset|\w+_per_gpu|\w+_every_n_\w+|gradient_accumulation_steps|pipeline_stages|blocks_to_swap|"
+    r"activation_checkpointing|save_dtype|resume_from_checkpoint"
+)
+"""Options of the top level that mean nothing in a table below it."""
 ActivationCheckpointing = bool | int | Literal["selective", "unsloth"]
 
 
@@ -60,7 +66,9 @@ class AdapterTable(Table):
     )
     dropout: float = option(0.0, "Share of the adapter's inputs that is dropped while training.", ge=0, lt=1, step=0.01)
     dtype: Dtype | None = option(
-        None, "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype."
+        None,
+        "Precision of the adapter file's weights; training itself keeps float32 weights. Left out: save_dtype.",
+        also=("lora_dtype",),
     )
     target_modules: list[str] | None = option(
         None,
@@ -69,7 +77,10 @@ class AdapterTable(Table):
         multiline=True,
     )
     exclude_modules: list[str] | None = option(
-        None, "Modules that get no adapter although they are targets, named in the same way.", advanced=True
+        None,
+        "Modules that get no adapter although they are targets, named in the same way.",
+        advanced=True,
+        also=("exclude_linear_modules",),
     )
     convolutions: bool = option(
         False, "Also adapt the convolutions of the blocks, which U-Nets such as SDXL have.", advanced=True
@@ -95,6 +106,20 @@ class AdapterTable(Table):
     def drops(self) -> bool:
         """Whether a training step draws what it leaves out."""
         return self.dropout > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _double_blocks(cls, values: Any) -> Any:
+        """``only_double_blocks`` of older files leaves out the blocks in which text and picture are one sequence."""
+        if not isinstance(values, Mapping) or "only_double_blocks" not in values:
+            return values
+        kept = {key: value for key, value in values.items() if key != "only_double_blocks"}
+        if values["only_double_blocks"] is True:
+            logger.warning("only_double_blocks: taken as exclude_modules = ['%s']", SINGLE_BLOCKS)
+            name = "exclude_linear_modules" if "exclude_linear_modules" in values else "exclude_modules"
+            others = values.get(name) or []
+            kept[name] = [*([others] if isinstance(others, str) else others), SINGLE_BLOCKS]
+        return kept
 
     @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
@@ -207,18 +232,13 @@ class Optimizer(Table):
 class Monitoring(Table):
     """Where curves go besides TensorBoard."""
 
+    unused: ClassVar = {
+        "wandb_api_key": "a key in a file is copied into every run folder; put it into the variable WANDB_API_KEY"
+    }
+
     enable_wandb: bool = option(False, "Also log to Weights & Biases; the key comes from WANDB_API_KEY.")
     wandb_tracker_name: str | None = option(None, "Project name there.")
     wandb_run_name: str | None = option(None, "Run name there.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_key(cls, values: Any) -> Any:
-        """A key in a file would be copied into every run folder."""
-        if not isinstance(values, Mapping) or "wandb_api_key" not in values:
-            return values
-        logger.warning("monitoring.wandb_api_key: not used; put the key into the variable WANDB_API_KEY")
-        return {key: value for key, value in values.items() if key != "wandb_api_key"}
 
 
 class EvalDataset(Table):
@@ -308,6 +328,12 @@ class Sampling(Table):
 class TrainSettings(Table):
     """The top level of ``train.toml``. Its ``[model]`` is one of the families' tables, told apart by ``type``."""
 
+    unused: ClassVar = {
+        "output_name": "exports are named by their epoch or step, below the run folder",
+        "mixed_precision": "model.dtype says it",
+        "deepspeed": "DeepSpeed's settings follow from these, such as micro_batch_size_per_gpu at the top level",
+    }
+
     output_dir: str = option(
         "output", "Folder that receives one run folder for each training, relative to where training is started."
     )
@@ -315,7 +341,11 @@ class TrainSettings(Table):
 
     epochs: int = option(50, "How often each picture is trained (times its num_repeats).", ge=1, step=1, ui_max=100000)
     max_steps: int | None = option(
-        None, "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.", ge=1, step=1
+        None,
+        "Stop after this many optimizer steps even if epochs are left. Left out: all epochs.",
+        ge=1,
+        step=1,
+        also=("num_steps",),
     )
     micro_batch_size_per_gpu: int | list[list[int]] = option(
         1,
@@ -439,6 +469,7 @@ class TrainSettings(Table):
         "How layers are shared out over stages: cost (equal time), parameters (equal weights), uniform (equal count), "
         "type:NAME (equal count of layers whose name matches), or manual.",
         advanced=True,
+        also=("partition",),
     )
     partition_split: list[int] | None = option(
         None, "For partition_method manual: the number of the first layer of each stage after the first.", advanced=True
@@ -632,6 +663,59 @@ class TrainSettings(Table):
     environment: Environment = Environment()
     sample: Sampling = Field(Sampling(), json_schema_extra={"also": ["training_sampler"]})
 
+    @model_validator(mode="before")
+    @classmethod
+    def _below_a_table(cls, values: Any) -> Any:
+        """Options that follow a table in the file belong to it in TOML, but not in what people mean."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for name in ("model", "adapter", "optimizer", "monitoring"):
+            table = values.get(name)
+            for key in list(table) if isinstance(table, Mapping) else []:
+                if key in cls.model_fields and key not in values and _OF_THE_RUN.fullmatch(key):
+                    logger.warning("%s.%s: taken as %s, which belongs above the first table", name, key, key)
+                    values[key] = values[name][key]
+                    values[name] = {other: value for other, value in values[name].items() if other != key}
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scheduler_table(cls, values: Any) -> Any:
+        """``[lr_scheduler]`` with type, num_warmup_steps and min_lr is taken as the options that these are here."""
+        table = values.get("lr_scheduler") if isinstance(values, Mapping) else None
+        if not isinstance(table, Mapping):
+            return values
+        rate = values["optimizer"].get("lr") if isinstance(values.get("optimizer"), Mapping) else None
+        said: dict[str, Any] = {"lr_scheduler": table.get("type", "constant")}
+        for key, value in table.items():
+            if key in ("num_warmup_steps", "warmup_steps"):
+                said["warmup_steps"] = value
+            elif key == "min_lr" and rate:
+                said["lr_min_ratio"] = value / rate
+            elif key != "type":
+                raise ValueError(f"lr_scheduler.{key}: unknown option; known are type, warmup_steps, min_lr")
+        logger.warning("[lr_scheduler]: taken as %s", ", ".join(f"{key} = {value!r}" for key, value in said.items()))
+        for key in said.keys() & values.keys() - {"lr_scheduler"}:
+            if said[key] != values[key]:
+                raise ValueError(f"{key}: {values[key]} here, but {said[key]} in [lr_scheduler]; leave one of them out")
+        return {**values, **said}
+
+    @field_validator("dataset", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("must be one file; put the [[directory]] tables of all into it, each with its own options")
+        return value
+
+    @field_validator(
+        *(f"{what}_every_n_{unit}" for what in ("save", "eval") for unit in ("epochs", "steps", "examples")),
+        *(f"checkpoint_every_n_{unit}" for unit in ("epochs", "steps", "minutes")), mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _zero_is_never(cls, value: Any) -> Any:
+        return None if value == 0 else value
+
     @field_validator(
         "micro_batch_size_per_gpu",
         "image_micro_batch_size_per_gpu",
@@ -736,13 +820,14 @@ def _zero_problems(settings: TrainSettings) -> list[str]:
     with_stage = f"zero_stage: {settings.zero_stage} does not go together with"
     found = []
     if settings.adapter is not None:
-        found.append(f"{with_stage} an adapter, whose weights are few; set 0 or 1")
+        found.append(
+            f"{with_stage} an adapter: its weights are few, and frozen ones are not shared out; set 0 or 1, "
+            "and save memory with pipeline_stages, blocks_to_swap or model.transformer_dtype"
+        )
     if settings.pipeline_stages > 1:
         found.append(f"{with_stage} pipeline_stages, which already part the model; set 1")
     if settings.blocks_to_swap:
         found.append(f"{with_stage} blocks_to_swap; set that to 0")
-    if settings.sample.prompts:
-        found.append(f"{with_stage} sample.prompts; leave those out, or set 1")
     if settings.model.merge_adapters:
         found.append(f"{with_stage} model.merge_adapters; merge them into the file first")
     if settings.optimizer.type.lower() not in ELEMENTWISE:
@@ -784,6 +869,11 @@ def bad_pattern(pattern: str) -> str:
 class FolderOptions(Table):
     """What holds for a folder: given at the top of ``dataset.toml`` for all, or in a ``[[directory]]`` for that one."""
 
+    unused: ClassVar = {
+        "bucket_resolution_steps": "sizes are multiples of what the model needs",
+        "caption_extension": "captions are read from .txt files, captions.json and metadata.jsonl",
+    }
+
     resolutions: list[int | list[int]] = option(
         [512],
         "Sizes to train at: 512 means as many pixels as 512x512, [1280, 720] as many as that. "
@@ -816,7 +906,7 @@ class FolderOptions(Table):
     skip_empty_caption: bool = option(
         False, "Leave out pictures without a caption instead of training them with an empty one."
     )
-    shuffle_tags: bool = option(False, "Train captions with their tags in another order.")
+    shuffle_tags: bool = option(False, "Train captions with their tags in another order.", also=("shuffle_caption",))
     cache_shuffle_num: int = option(
         0,
         "How many variants of each caption are made, by shuffle_tags, tag_dropout and caption_wildcards, and cached; "

@@ -8,13 +8,14 @@ masters of what the model computes with. What the family keeps in float32 is not
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from .gradients import Gradients
@@ -163,6 +164,37 @@ class ShardedTrained(Trained):
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: promise.make().cpu() for name, promise in self.masters().items()}
+
+
+@contextmanager
+def gathered(links: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it modules of links can be called by themselves, without gradients: a link is whole from the first call
+    of one of its modules until one of another link is called. All ranks make the same calls."""
+    shared: list[Any] = [link for link in links if isinstance(link, FSDPModule)]
+    handles: list[Any] = []
+    current: Any = None
+
+    def before(link: Any) -> None:
+        nonlocal current
+        if link is not current:
+            if current is not None:
+                current.reshard()
+            link.unshard()
+            current = link
+
+    for link in shared:
+        if any(isinstance(module, nn.ParameterList) for module in link.children()):
+            link.unshard()  # the library's forward uses those itself
+            continue
+        hooks = [module.register_forward_pre_hook(lambda *_, link=link: before(link)) for module in link.children()]
+        handles += hooks
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for link in shared:
+            link.reshard()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

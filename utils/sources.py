@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ BESIDES = frozenset({
     ".yaml", ".yml", ".caption", ".safetensors", ".log",
 })  # fmt: skip
 """Files that may lie among pictures without being named in the report."""
+NO_FILE = "a pipe or device, not a file"
 EDIT_LIST = "edit_instructions.jsonl"
 _FILE_KEYS = ("file_name", "filename", "file", "image", "video", "path")
 _TEXT_KEYS = ("text", "caption", "captions", "prompt", "instruction")
@@ -127,10 +130,10 @@ def _walk(folder: str, recursive: bool, skipped: set[str]) -> Iterator[os.DirEnt
     waiting, seen = [folder], set()
     while waiting:
         current = waiting.pop()
-        stat = os.stat(current)
-        if (stat.st_dev, stat.st_ino) in seen or os.path.realpath(current) in skipped:
+        known = os.stat(current)
+        if (known.st_dev, known.st_ino) in seen or os.path.realpath(current) in skipped:
             continue
-        seen.add((stat.st_dev, stat.st_ino))
+        seen.add((known.st_dev, known.st_ino))
         with os.scandir(current) as entries:
             for entry in entries:
                 try:
@@ -154,7 +157,7 @@ def _sort_in(entry: os.DirEntry[str], listing: Listing, archives: dict[str, Stam
     try:
         stamp = stamp_of(entry.stat())
         if not entry.is_file():
-            listing.problems[entry.path] = "no file"
+            listing.problems[entry.path] = NO_FILE
             return
     except OSError as error:
         listing.problems[entry.path] = f"cannot be read: {error.strerror or error}"
@@ -235,7 +238,8 @@ def _edit_items(path: Path, listing: Listing) -> list[Item]:
             controls = [_stamped(_below(folder, "source_images", name)) for name in sources]
             found = [_stamped(_below(folder, "target_images", name)) for name in targets]
         except OSError as error:
-            listing.problems[f"{path}:{number}"] = f"'{printable(str(error.filename))}' is not there"
+            reason = " is not there" if isinstance(error, FileNotFoundError) else f": {error.strerror}"
+            listing.problems[f"{path}:{number}"] = f"'{printable(str(error.filename))}'{reason}"
             continue
         for target, stamp in found:
             item = Item(target, stamp, listing.name(target), controls=controls)
@@ -250,7 +254,10 @@ def _below(folder: Path, sub: str, name: str) -> str:
 
 
 def _stamped(path: str) -> tuple[Source, Stamp]:
-    return Source(path), stamp_of(os.stat(path))
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe, say, which nobody may ever write to
+        raise OSError(errno.EINVAL, NO_FILE, path)
+    return Source(path), stamp_of(status)
 
 
 def _names(value: Any) -> list[str]:

@@ -61,7 +61,7 @@ class Trained:
         self.all = {names[p]: p for p in module.parameters()}
         self.parameters = {name: p for name, p in self.all.items() if p.requires_grad}
         self.share = owners or Share()
-        self.owner = _shared_out(self.parameters, self.share.size)
+        self.owner = shared_out(self.parameters, self.share.size)
         self.stepped = {
             name: _stepped(p, kahan, offload)
             for name, p in self.parameters.items()
@@ -257,7 +257,7 @@ def _stepped(parameter: nn.Parameter, kahan: bool, offload: bool) -> nn.Paramete
     return nn.Parameter(parameter.detach().float())
 
 
-def _shared_out(parameters: Mapping[str, nn.Parameter], num_owners: int) -> dict[str, int]:
+def shared_out(parameters: Mapping[str, nn.Parameter], num_owners: int) -> dict[str, int]:
     """An owner for each parameter, so that all own nearly the same number of weights."""
     loads = [0] * num_owners
     owner = {}

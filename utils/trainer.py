@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from .buckets import Bucket
 from .checkpoint import load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml
 from .control import Control
+from .dataset import Sample
 from .evaluation import Evaluation, read_sets
 from .loader import Loader
 from .loop import Loop
 from .metrics import Curves
 from .observation import Observation
 from .pipeline import Engine
-from .plan import make_plan
+from .planning import make_plan
 from .position import Position
 from .preparation import Data, Preparation
 from .progress import Stopped
@@ -124,7 +126,7 @@ class Trainer:
             position=position,
             total=total,
             identity=about,
-            watch=Watch(self.world.device, self._planned),
+            watch=Watch(self.world.device, lambda: self._planned(samples)),
         )
 
     def _say_training(self, position: Position, total: int, global_batch: int) -> None:
@@ -169,9 +171,9 @@ class Trainer:
         logger.info("resumed after step %d", position.step)
         return position
 
-    def _planned(self) -> float:
+    def _planned(self, samples: Sequence[Sample]) -> float:
         """Bytes that the plan expects on this GPU."""
-        plan = make_plan(self.settings, self.dataset, self.world.size, self.family)
+        plan = make_plan(self.settings, self.dataset, self.world.size, self.family, samples)
         return plan.stages[self.world.stage(self.settings.pipeline_stages)].memory.total
 
     def _global_batch(self, bucket: Bucket) -> int:

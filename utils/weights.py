@@ -304,6 +304,7 @@ def fill(
 
     Args:
         read: The value of a parameter, by its name in ``module``.
+        device: The meta device: dtypes and storage alone, nothing is read.
         float32: Parameters with one of these in their name are kept in float32.
         storage: How linear layers are stored; left out: in ``dtype``.
         only: Parameters to read; the others stay on the meta device. Left out: all.
@@ -320,7 +321,8 @@ def fill(
         if only is not None and parameter not in only:
             continue
         if parameter not in filled:
-            filled[parameter] = _filled(held, name, parameter, read(name), device)
+            value = parameter.detach() if device.type == "meta" else read(name)
+            filled[parameter] = _filled(held, name, parameter, value, device)
             if count:
                 count.add(held.num_bytes(name, parameter))
         owner, _, leaf = name.rpartition(".")

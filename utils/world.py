@@ -6,6 +6,8 @@ import importlib
 import os
 import re
 import socket
+import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,9 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from .config import SettingsError
+
+JOIN_SECONDS = 900.0
+"""In which all processes have to meet; importing libraries over a busy network may take minutes."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,26 @@ def join_world() -> World:
         _switch_off_what_gpus_lack()
     else:  # ranks share the cores instead of each starting a thread on all of them
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local()))
+    watch = threading.Timer(JOIN_SECONDS, _give_up)  # the wait below has the timeout of all later ones
+    watch.daemon = True
+    watch.start()
     # Caching and loading may take an hour on one rank while the others wait.
     deepspeed.init_distributed(timeout=timedelta(hours=24), verbose=False)
     control = dist.new_group(backend="gloo", timeout=timedelta(hours=24))
+    watch.cancel()
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _give_up() -> None:
+    """Ends this process, whose main thread cannot be reached."""
+    meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    sys.stderr.write(
+        f"rank {os.environ['RANK']}: the {os.environ['WORLD_SIZE']} processes did not meet at {meeting} within "
+        f"{JOIN_SECONDS:.0f} s; see whether all machines are up, whether they reach each other at this address, and "
+        "whether GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name their network interface\n"
+    )
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def num_local() -> int:
