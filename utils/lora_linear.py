@@ -127,8 +127,8 @@ def _(
     down_SI: Tensor, ups_OR: Any, needs_x: bool,
 ) -> list[Tensor]:  # fmt: skip
     num_parts = len(grads_MO) if is_multiplied_quantised(grads_MO[0], weights_OI[0]) else 1
-    parts = [torch.empty_like(x_MI) for _ in range(num_parts if needs_x else 0)]
-    return [torch.empty_like(down_SI), *(torch.empty_like(up_OR) for up_OR in ups_OR), *parts]
+    shapes = [down_SI.shape, *(up_OR.shape for up_OR in ups_OR), *([x_MI.shape] * num_parts if needs_x else [])]
+    return [x_MI.new_empty(shape) for shape in shapes]  # contiguous, whatever is given
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

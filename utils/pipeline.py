@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..models.base import Batch, Layer
 from .checkpointing import Checkpointing
+from .compilation import compile_modules
 from .graphs import StepGraphs
 from .offload import BlockSwap
 from .sharding import gathered
@@ -88,12 +89,9 @@ class Chain(PipelineModule):
             links = [layer if isinstance(layer, Link) else Link(layer) for layer in layers]
             super().__init__(links, num_stages=num_stages, loss_fn=loss, dynamic_shape=True)
         self._layer_specs = [None] * len(layers)  # lets go of the other stages' weights
-        if compiled:  # alike blocks share one compilation
-            torch._functorch.config.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
-            for link in self.forward_funcs:
-                if link.layer.is_block:
-                    for module in link.children():
-                        module.compile()
+        if compiled:
+            blocks = [link for link in self.forward_funcs if link.layer.is_block]
+            compile_modules((module for link in blocks for module in link.children()), memory_budget)
 
     def _partition_layers(self, method: str = "") -> None:  # quirk partition
         self.parts = self._bounds

@@ -1,0 +1,57 @@
+"""torch.compile for blocks: what it cannot compile runs as it is, with a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+MOST_GRAPHS = 64
+"""Of one piece of code; a U-Net runs the same code with many widths. torch's 8 would leave the rest uncompiled."""
+ALL_GRAPHS = 4 * MOST_GRAPHS
+
+
+def compile_modules(modules: Iterable[nn.Module], memory_budget: float | None = None) -> None:
+    """Has modules compiled when they are first called; alike ones share one compilation.
+
+    Sizes that change become variables at the first change, so that buckets do not compile anew.
+
+    Args:
+        memory_budget: Share of the activations that is kept; left out, what is needed.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MOST_GRAPHS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, ALL_GRAPHS)
+    functorch: Any = torch._functorch.config
+    functorch.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
+    if hasattr(functorch, "force_non_lazy_backward_lowering"):
+        functorch.force_non_lazy_backward_lowering = True  # else the backward pass would fail when it is too late
+    all_of_them = list(modules)
+    for module in all_of_them:
+        module.compile()
+        module._compiled_call_impl = _Guarded(module, all_of_them)
+
+
+class _Guarded:
+    """A compiled call that gives up compiling all modules when compiling fails."""
+
+    def __init__(self, module: nn.Module, all_of_them: list[nn.Module]) -> None:
+        self._module, self._all = module, all_of_them
+        self._compiled: Any = module._compiled_call_impl
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("compile: torch.compile failed for %s, so the training goes on uncompiled, which is slower "
+                           "(%s); set compile = false to be rid of this message",
+                           type(self._module).__name__, first[0])  # fmt: skip
+            for module in self._all:
+                module._compiled_call_impl = None
+            return self._module(*args, **kwargs)
