@@ -90,9 +90,10 @@ def train_table(arguments: argparse.Namespace, subject: Subject, changes: dict[s
 
 def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
     """A trainer whose model and data are random; on a GPU it has a ``profile`` of its last steps."""
+    from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
     from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
-    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+    from diffusion_trainer.utils.settings import parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
     from diffusion_trainer.utils.world import join_world
 
