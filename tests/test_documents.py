@@ -163,3 +163,13 @@ def test_names_are_those_of_the_program(name: str) -> None:
     own = {text for text in used if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", text)}
     known = set(known_names())
     assert own - known - OTHER_NAMES == set(), "no option, input, output or flag is called so"
+
+
+@pytest.mark.parametrize("name", ["docs/guide.md", "docs/guide.zh.md"])
+def test_messages_are_those_of_the_program(name: str) -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCUMENTS[name], re.MULTILINE)
+    assert len(rows) == 5
+    code = "".join(path.read_text("utf-8") for folder in ("models", "utils", "diffusion_nodes")
+                   for path in (ROOT / folder).glob("*.py"))  # fmt: skip
+    told = [max(re.split(r"'?\.\.\.'?|\d", row), key=len).strip() for row in rows]
+    assert [text for text in told if text not in code] == []
