@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .utils.dataset_settings import DatasetSettings
     from .utils.run_folder import RunFolder
-    from .utils.settings import DatasetSettings, TrainSettings
+    from .utils.settings import TrainSettings
     from .utils.world import World
 
 ROOT = Path(__file__).resolve().parent
@@ -143,7 +144,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
     if not path.is_file() and (arguments.check_config or not named):
         return settings, None
     try:
-        return settings, settings_module.parse_dataset_settings(config.read_toml(path))
+        return settings, _module("utils.dataset_settings").parse_dataset_settings(config.read_toml(path))
     except config.SettingsError as error:
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
 
@@ -171,6 +172,7 @@ def prune_cache(settings: TrainSettings, days: float) -> int:
 def plan(arguments: argparse.Namespace, settings: TrainSettings, dataset: DatasetSettings) -> int:
     """Prints what the training will take; reads of the model's files the headers alone, and encodes nothing."""
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print there is no part of the plan
+        import_diffusers()
         memory, module = arguments.gpu_memory, _module("utils.planning")
         gpu_bytes = _module("utils.plan").smallest_gpu() if memory is None else memory * 2**30
         lines = module.plan_lines(settings, dataset, arguments.gpus or settings.number_of_gpus, gpu_bytes)
@@ -209,6 +211,7 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         os.environ.setdefault(name, value)
     if arguments.master_port:
         os.environ["MASTER_PORT"] = str(arguments.master_port)
+    import_diffusers()
     trainer = _module("utils.trainer")
     world: World = _module("utils.world").join_world()
     _log_to_stderr(world.rank)
@@ -244,6 +247,12 @@ def train(arguments: argparse.Namespace, settings: TrainSettings, dataset: Datas
         return 1
     world.leave()
     return 0
+
+
+def import_diffusers() -> None:
+    """Loads it without what it would bring along: two seconds of every start, for nothing that is used here."""
+    with _module("utils.imports").hidden("peft", "bitsandbytes"):
+        importlib.import_module("diffusers")
 
 
 def _run_folder(run_dir: Path | None, settings: TrainSettings, resume: bool | str) -> RunFolder:

@@ -1,4 +1,5 @@
-"""Seconds per step, peak memory and FLOPs utilisation of a training at real size, without model files.
+"""Seconds per step, peak memory, FLOPs utilisation and the share of time in which the GPU does not compute the model,
+of a training at real size, without model files.
 
     python benchmarks/train_step.py [--width 1024 --height 1024 --batch 1 --rank 16 --steps 20] [setting ...]
     python benchmarks/train_step.py --family wan-14b --width 832 --height 480 --frames 81 [setting ...]
@@ -21,13 +22,13 @@ import tomllib
 from pathlib import Path
 from typing import Any, ClassVar
 
+from arithmetic import StepProfile, step_flops, utilisation
 from subjects import SUBJECTS, Size, Subject
 
 ROOT = Path(__file__).resolve().parent.parent
-PEAK_TFLOPS = {"NVIDIA H200": 790.0, "NVIDIA H100": 790.0}
-"""Measured dense bf16 matrix rates."""
 NUMBERS = {"width": 1024, "height": 1024, "frames": 1, "batch": 1, "rank": 16, "steps": 20}
 """Options of the command, and their defaults."""
+MIN_STEPS = 8
 
 
 def load_package() -> None:
@@ -88,23 +89,21 @@ def train_table(arguments: argparse.Namespace, subject: Subject, changes: dict[s
 
 
 def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
-    """A trainer whose model and data are random; with --profile it has a ``profiler``."""
-    import torch
+    """A trainer whose model and data are random; on a GPU it has a ``profile`` of its last steps."""
+    from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
     from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
-    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+    from diffusion_trainer.utils.settings import parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
     from diffusion_trainer.utils.world import join_world
 
     class Benchmark(Trainer):
-        profiler: Any = None
+        profile: StepProfile | None = None
 
         def _build(self, data: Data) -> Any:
             model = super()._build(data)
-            if self.profiler:
-                self.profiler.start()
-                run = model.engine.train_batch
-                model.engine.train_batch = lambda batches: (run(batches), self.profiler.step())[0]
+            if self.profile:
+                model.engine.train_batch = self.profile.around(model.engine.train_batch)
             return model
 
     world = join_world()
@@ -117,10 +116,8 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
     trainer = Benchmark(settings, dataset, world, run)
     trainer.family = subject.family(settings.model)
     trainer.preparation.run = lambda: Data(random_cache(subject, size), {}, {}, [])
-    if arguments.profile:
-        trainer.profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=arguments.steps - 5, warmup=1, active=2)
-        )
+    if world.device.type == "cuda":
+        trainer.profile = StepProfile(arguments.steps)
     return trainer
 
 
@@ -142,21 +139,45 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(arguments, changes, Path(folder))
         trainer.run()
-        seconds = read_steps(trainer.folder.path)[max(3, arguments.steps // 3) :]
-    if arguments.profile:
-        rows = [row for row in trainer.profiler.key_averages() if row.self_device_time_total and "Step" not in row.key]
-        for row in sorted(rows, key=lambda row: -row.self_device_time_total)[:60]:
-            print(f"{row.self_device_time_total / 2000:8.2f} ms {row.count // 2:5} x  {row.key[:90]}", file=sys.stderr)
+        seconds = read_steps(trainer.folder.path)[max(3, arguments.steps // 3) : -StepProfile.STEPS]
     cuda = torch.cuda.is_available()
-    return {
+    row = {
         "setting": setting or "default",
         "seconds": sum(seconds) / len(seconds),
         "median": sorted(seconds)[len(seconds) // 2],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
         "loss": trainer.control.status.loss,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+    pixels = (arguments.width, arguments.height, arguments.frames)
+    flops = step_flops(trainer.family, pixels, arguments.batch, trainer.settings.adapter is not None)
+    row |= {"tflop": flops / 1e12, "used": utilisation(flops, row["median"], row["device"])}
+    if cuda:
+        row |= {"peak": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        row["outside"] = trainer.profile.outside()
+    if cuda and arguments.profile:
+        for milliseconds, count, name in trainer.profile.rows()[:60]:
+            print(f"{milliseconds:8.2f} ms {count:5} x  {name[:90]}", file=sys.stderr)
+    return row
+
+
+COLUMNS = {
+    "seconds": ("s/step", "8.3f"), "median": ("median", "8.3f"), "peak": ("peak GiB", "9.1f"),
+    "reserved": ("reserved", "9.1f"), "tflop": ("TFLOP", "8.4g"), "used": ("of peak", "8.0%"),
+    "outside": ("outside", "8.1%"), "loss": ("loss", "8.4f"), "setting": (" setting", ""),
+}  # fmt: skip
+"""Of the table: heading and format by value. What was not measured is left blank."""
+
+
+def line(row: dict[str, Any]) -> str:
+    """A line of the table; of an empty row, its headings."""
+    cells = []
+    for name, (heading, form) in COLUMNS.items():
+        width = int(form.partition(".")[0] or 0)
+        value = row.get(name) if row else heading
+        cells.append(
+            f"{'' if value is None else value:>{width}}" if isinstance(value, str | None) else f"{value:{form}}"
+        )
+    return " ".join(cells)
 
 
 def main() -> None:
@@ -172,10 +193,12 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
     parser.add_argument("--one", action="store_true", help="run the one setting here and print JSON")
     arguments = parser.parse_args()
+    if arguments.steps < MIN_STEPS:
+        parser.error(f"--steps must be at least {MIN_STEPS}: the first three and the last two are not timed")
     if arguments.one:
         print(json.dumps(measure(arguments, arguments.settings[0])))
         return
-    print(f"{'s/step':>8} {'median':>8} {'peak GiB':>9} {'reserved':>9} {'loss':>8}  setting", flush=True)
+    print(line({}), flush=True)
     flags = [f"--{name}={getattr(arguments, name)}" for name in ("family", *NUMBERS)]
     for setting in arguments.settings:
         switches = [f"--{name}" for name in ("small", "profile") if getattr(arguments, name)]
@@ -191,10 +214,7 @@ def main() -> None:
             print(f"failed: {setting}\n{(done.stderr or '')[-1500:]}", flush=True)
             continue
         row = json.loads(done.stdout.strip().splitlines()[-1])
-        memory = (
-            f"{row['peak_gib']:9.1f} {row['reserved_gib']:9.1f}" if row["peak_gib"] is not None else f"{'':9} {'':9}"
-        )
-        print(f"{row['seconds']:8.3f} {row['median']:8.3f} {memory} {row['loss']:8.4f}  {row['setting']}", flush=True)
+        print(line({**row, "setting": f" {row['setting']}"}), flush=True)
 
 
 if __name__ == "__main__":

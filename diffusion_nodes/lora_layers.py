@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn import grad as conv_grad
-from torch.utils.checkpoint import checkpoint
 
 from ..utils.adapter_layers import Adapter, Lora, Shape
+from .lora_recompute import Recomputed, on_copies
 
 _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
@@ -102,7 +103,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
                 visit(child)
 
     visit(model.diffusion_model)  # type: ignore[arg-type]
-    return [block for block in found if shape_of(block) is None and next(block.parameters(), None) is not None]
+    return [block for block in found if shape_of(block) is None and next(block.children(), None) is not None]
 
 
 def _parts(block: nn.Module) -> list[nn.Module]:
@@ -114,29 +115,38 @@ def _parts(block: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
 
 
+def _is_usual_linear(module: nn.Module) -> bool:
+    """Whether the layer's forward is that of torch or of ComfyUI, and nobody else's."""
+    forward: Any = type(module).forward
+    is_theirs = forward.__module__ in ("comfy.ops", "torch.nn.modules.linear") and isinstance(module, nn.Linear)
+    return is_theirs and not hasattr(module, "quant_format") and "forward" not in vars(module)
+
+
 # -- one layer -------------------------------------------------------------------------------------------------
 
 
 class _Frozen(torch.autograd.Function):
-    """A layer's own forward, and the gradient of its input from its weight; a LoRA of it in the same stroke."""
+    """A layer's own forward, and the gradient of its input from its weight; a LoRA of it in the same stroke.
+
+    Products with the rank are ordered so that it is their first dimension: with few columns CPUs take up to four
+    times as long for them.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Layer, down_RI: Tensor | None, up_OR: Tensor | None) -> Tensor:
-        output: Tensor = layer.base(x.detach())
-        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
-            output = torch.ops.aten._unsafe_view(output, output.shape)
+        output = layer.output(x.detach())
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         if down_RI is None or up_OR is None:
             return output
-        rows_MI, down = x.reshape(-1, x.shape[-1]), down_RI.to(x.dtype)
-        inner_MR = rows_MI @ down.t()
-        up = (up_OR * layer.scale).to(x.dtype)
+        down, up = layer.parts(x.dtype)
+        rows_MI = x.reshape(-1, x.shape[-1])
+        inner_RM = down @ rows_MI.t()
         added = output.view(-1, output.shape[-1])
         if output.dtype == x.dtype:
-            added.addmm_(inner_MR, up.t())
+            added.addmm_(inner_RM.t(), up.t(), alpha=layer.scale)
         else:
-            added.add_(inner_MR @ up.t())
-        ctx.save_for_backward(rows_MI, inner_MR, down_RI, up_OR)
+            added.add_(inner_RM.t() @ up.t(), alpha=layer.scale)
+        ctx.save_for_backward(rows_MI, inner_RM)
         return output
 
     @staticmethod
@@ -147,15 +157,20 @@ class _Frozen(torch.autograd.Function):
         saved = ctx.saved_tensors
         if not saved:
             return (layer.input_gradient(grad, ctx.size) if needs_x else None), None, None, None
-        rows_MI, inner_MR, down_RI, up_OR = saved
+        rows_MI, inner_RM = saved
+        down, up = layer.parts(ctx.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
-        grad_inner_MR = grad_MO @ (up_OR * layer.scale).to(grad.dtype)
+        grad_inner_RM = up.t() @ grad_MO.t()
+        if layer.scale != 1.0:
+            grad_inner_RM *= layer.scale
         grad_x = None
         if needs_x:
             grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
-            grad_x = grad_x.addmm_(grad_inner_MR, down_RI.to(grad.dtype)).reshape(ctx.size)
-        grad_up = (grad_MO.t() @ inner_MR).float().mul_(layer.scale)
-        return grad_x, None, (grad_inner_MR.t() @ rows_MI).float(), grad_up
+            grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size)
+        grad_up = (inner_RM @ grad_MO).t().to(torch.float32, memory_format=torch.contiguous_format)
+        if layer.scale != 1.0:
+            grad_up *= layer.scale
+        return grad_x, None, (grad_inner_RM @ rows_MI).float(), grad_up
 
 
 class Layer:
@@ -167,6 +182,8 @@ class Layer:
         fused = isinstance(adapter, Lora) and not shape.kernel
         self.lora: Lora | None = adapter if fused else None  # type: ignore[assignment]
         self.scale = adapter.scale if adapter is not None else 1.0
+        self.usual = not shape.kernel and _is_usual_linear(module)
+        self._parts: tuple[Any, Tensor, Tensor] | None = None
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the module's ``forward``."""
@@ -176,6 +193,34 @@ class Layer:
             return _Frozen.apply(x, self, self.lora.down, self.lora.up)
         output = _Frozen.apply(x, self, None, None) if x.requires_grad else self.base(x)
         return output if self.adapter is None else output + self.adapter(x).to(output.dtype)
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the layer makes of ``x`` without an adapter, as a tensor of its own."""
+        module: Any = self.module
+        ready = (
+            self.usual and self._is_ready(module.weight, x) and (module.bias is None or self._is_ready(module.bias, x))
+        )
+        output: Tensor = F.linear(x, module.weight, module.bias) if ready else self.base(x)
+        if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        return output
+
+    def _is_ready(self, value: Tensor, x: Tensor) -> bool:
+        module: Any = self.module
+        plain = type(value) is nn.Parameter or type(value) is Tensor
+        functions = getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
+        return plain and value.dtype == x.dtype and value.device == x.device and not functions
+
+    def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors of the LoRA in ``dtype``, cast once per step."""
+        assert self.lora is not None
+        down, up = self.lora.down, self.lora.up
+        if down.dtype == dtype:
+            return down.detach(), up.detach()
+        state = down._version, up._version, dtype
+        if self._parts is None or self._parts[0] != state:
+            self._parts = state, down.detach().to(dtype), up.detach().to(dtype)
+        return self._parts[1:]
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The layer's weight as it takes part in the computation, dequantised if need be."""
@@ -231,10 +276,10 @@ def attached(
             put(module, "forward", Layer(module, shape, adapters.get(name)))
         for module in model.modules():
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
-                put(module, "forward", partial(_on_copies, module.forward))
+                put(module, "forward", partial(on_copies, module.forward))
         if checkpointing:
-            for block in blocks(model):
-                put(block, "forward", partial(_recomputed, block.forward))
+            for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
+                put(block, "forward", partial(Recomputed.run, block.forward))
         yield
 
 
@@ -273,19 +318,3 @@ def _outside_inference(value: Tensor | None) -> Tensor | None:
     plain = torch.empty(0, dtype=value.dtype, device=value.device)
     plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]
     return nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(partial(_on_copies, forward), *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Models add to their residual in place, although a norm before it needs it as it was for its gradient, and a
-    block that is computed again must start from the same input."""
-    return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if type(value) is Tensor and value.is_floating_point() else value

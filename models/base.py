@@ -45,7 +45,10 @@ LossWeighting = Literal["none", "sigma_sqrt", "cosmap"]
 class ModelConfig(Table):
     """What every ``[model]`` table has."""
 
-    unused: ClassVar = {"load_dtype": "weights are read in dtype, or in transformer_dtype"}
+    unused: ClassVar = {
+        "load_dtype": "weights are read in dtype, or in transformer_dtype",
+        "attn_implementation": "attention_backend at the top level chooses",
+    }
 
     type: str
     dtype: Dtype = option("bfloat16", "Precision that the model computes in.")

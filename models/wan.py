@@ -10,7 +10,7 @@ Reference: https://github.com/Wan-Video, and diffusers' WanPipeline and WanImage
 transformer the layers here equal bit for bit. Licence of the weights: Apache-2.0.
 
 Shape legend: N batch, C latent channels, F H W frames, height and width of the latents, T tokens (F * H/2 * W/2),
-L text tokens, D features.
+L text tokens, D features. Times, and what they become, are of each sample (N) or of each token (NT).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,15 @@ class WanConfig(FlowConfig):
         "memory while training.",
         advanced=True,
     )
+    image_to_video: float = option(
+        0.0,
+        "Wan 2.2's 5B model: share of the times that a clip is trained with its first frame given, as for "
+        "image-to-video. The rest is text-to-video.",
+        ge=0,
+        le=1,
+        step=0.05,
+        advanced=True,
+    )
 
 
 @dataclass
@@ -175,10 +185,18 @@ class Wan(FlowFamily):
                 )
         self._tokenizer_folder()
         self.takes_pictures = variant.task == "t2v"
-        if variant.channels == 48:  # Wan 2.2 5B
+        if self.config.image_to_video and not self._does_both:
+            raise SettingsError(
+                "model.image_to_video: this model does one or the other; leave it out, or give Wan 2.2's 5B model"
+            )
+        if self._does_both:
             self.fps, self.size_multiple, self.latent_multiple = 24.0, 32, 16
         elif "skyreels" in str(self._source("transformer").weights.path).lower():
             self.fps = 24.0
+
+    @property
+    def starts_from_pictures(self) -> bool:
+        return self._does_both or super().starts_from_pictures
 
     def identity(self, part: str) -> str:
         identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
@@ -190,6 +208,11 @@ class Wan(FlowFamily):
             identity["task"] = self.variant.task
             identity["clip"] = fingerprint(self._place("clip")[0]) if self.variant.has_clip else ""
         return json.dumps(identity)
+
+    @property
+    def _does_both(self) -> bool:
+        """Text to video and image to video, as Wan 2.2's 5B model: a given frame takes its own place, at time 0."""
+        return self.variant.channels == 48
 
     @cached_property
     def variant(self) -> Variant:
@@ -395,11 +418,24 @@ class Wan(FlowFamily):
             condition_NCFHW = torch.stack([example.media["condition"] for example in examples])
             given_N4FHW = given_frames(condition_NCFHW, last=self.variant.task == "flf2v")
             x_NCFHW = torch.cat([x_NCFHW, given_N4FHW, condition_NCFHW], 1)
-        inputs = [x_NCFHW.to(self.dtype), t_N * 1000, _padded([example.text["umt5_embeds"] for example in examples])]
+        time, weight = t_N * 1000, self.time_weight(t_N, velocity_NCFHW)
+        if self.config.image_to_video and x_NCFHW.shape[2] > 1:
+            made_N1FHW = self._made(examples)
+            x_NCFHW = torch.where(made_N1FHW > 0, x_NCFHW, torch.stack([e.media["latents"] for e in examples]).float())
+            time = (made_N1FHW[..., ::2, ::2] * time.view(-1, 1, 1, 1, 1)).flatten(1)  # NT
+            weight = weight * made_N1FHW / made_N1FHW.mean((1, 2, 3, 4), keepdim=True)
+        inputs = [x_NCFHW.to(self.dtype), time, _padded([example.text["umt5_embeds"] for example in examples])]
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
-        return Batch(tuple(inputs), velocity_NCFHW, self.time_weight(t_N, velocity_NCFHW))
+        return Batch(tuple(inputs), velocity_NCFHW, weight)
+
+    def _made(self, examples: Sequence[Example]) -> torch.Tensor:
+        """1 for latents that the model is to make, 0 for those of a given first frame."""
+        given = [random.Random(example.seed).random() < self.config.image_to_video for example in examples]
+        made_N1FHW = torch.ones(len(examples), 1, *examples[0].media["latents"].shape[1:])
+        made_N1FHW[given, :, 0] = 0
+        return made_N1FHW
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
         config: Any = self.build_denoiser().config
@@ -446,7 +482,7 @@ class Wan(FlowFamily):
             f"{prefix}prompt_embeds": _padded([text["umt5_embeds"]]).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
-        if self.variant.task == "t2v":
+        if self.variant.task == "t2v" and not (self._does_both and request.images):
             return arguments
         if not request.images:
             raise SettingsError(f"sample: this {self.title} model draws from a first frame; give a picture")
@@ -455,6 +491,9 @@ class Wan(FlowFamily):
         return arguments | {"image": first} | ({"last_image": last} if self.variant.task == "flf2v" else {})
 
     def sample(self, pipeline: Any, request: SampleRequest) -> list[Image.Image]:
+        if self._does_both and request.images:
+            pipeline = diffusers.WanImageToVideoPipeline(**pipeline.components, expand_timesteps=True)
+            pipeline.set_progress_bar_config(disable=True)
         output = pipeline(
             width=request.width,
             height=request.height,
@@ -537,13 +576,13 @@ Tensors = tuple["torch.Tensor", ...]
 def _embed(
     modules: Any,
     x_NCFHW: torch.Tensor,
-    t_N: torch.Tensor,
+    t: torch.Tensor,
     text_NLD: torch.Tensor,
     image_NLD: torch.Tensor | None = None,
     *,
     patch: tuple[int, int, int],
 ) -> Tensors:
-    """``t_N`` is the time in thousandths. The tables of positions, FHWD, tell the last link the shape."""
+    """``t`` is the time in thousandths. The tables of positions, FHWD, tell the last link the shape."""
     cos, sin = (
         table.view(*(size // step for size, step in zip(x_NCFHW.shape[2:], patch, strict=True)), -1)
         for table in modules.rope(x_NCFHW)
@@ -552,38 +591,42 @@ def _embed(
     if image_NLD is not None and (embedder := modules.condition_embedder.image_embedder).pos_embed is not None:
         # the embedder takes the frames of a sample as further samples, and joins them again
         image_NLD = image_NLD.reshape(-1, embedder.pos_embed.shape[1] // 2, image_NLD.shape[-1])
-    temb_ND, modulation_ND, text_NLD, image_NLD = modules.condition_embedder(t_N, text_NLD, image_NLD)
+    num_times = t.shape[1] if t.ndim == 2 else None
+    temb, modulation, text_NLD, image_NLD = modules.condition_embedder(
+        t.flatten(), text_NLD, image_NLD, timestep_seq_len=num_times
+    )
     if image_NLD is not None:
         text_NLD = torch.cat([image_NLD, text_NLD], dim=1)
-    return x_NTD, text_NLD, temb_ND, modulation_ND.unflatten(1, (6, -1)), cos, sin
+    return x_NTD, text_NLD, temb, modulation.unflatten(-1, (6, -1)), cos, sin
 
 
 def _block(
     modules: Any,
     x_NTD: torch.Tensor,
     text_NLD: torch.Tensor,
-    temb_ND: torch.Tensor,
-    modulation_N6D: torch.Tensor,
+    temb: torch.Tensor,
+    modulation: torch.Tensor,
     cos_FHWD: torch.Tensor,
     sin_FHWD: torch.Tensor,
 ) -> Tensors:
     rotation = tuple(table.view(1, x_NTD.shape[1], 1, -1) for table in (cos_FHWD, sin_FHWD))
-    x_NTD = modules.block(x_NTD, text_NLD, modulation_N6D, rotation)
-    return x_NTD.contiguous(), text_NLD, temb_ND, modulation_N6D, cos_FHWD, sin_FHWD
+    x_NTD = modules.block(x_NTD, text_NLD, modulation, rotation)
+    return x_NTD.contiguous(), text_NLD, temb, modulation, cos_FHWD, sin_FHWD
 
 
 def _out(
     modules: Any,
     x_NTD: torch.Tensor,
     _text: Any,
-    temb_ND: torch.Tensor,
+    temb: torch.Tensor,
     _modulation: Any,
     cos_FHWD: torch.Tensor,
     _sin: Any,
     *,
     patch: tuple[int, int, int],
 ) -> torch.Tensor:
-    shift, scale = (modules.tables[0] + temb_ND.unsqueeze(1)).chunk(2, dim=1)
+    table = modules.tables[0] if temb.ndim == 2 else modules.tables[0].unsqueeze(0)
+    shift, scale = (part.squeeze(-2) if temb.ndim == 3 else part for part in (table + temb.unsqueeze(-2)).chunk(2, -2))
     x_NTD = (modules.norm_out(x_NTD.float()) * (1 + scale) + shift).type_as(x_NTD)
     x = modules.proj_out(x_NTD).reshape(len(x_NTD), *cos_FHWD.shape[:3], *patch, -1)
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)

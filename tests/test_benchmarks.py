@@ -1,5 +1,6 @@
 """The commands of ``benchmarks/`` run: they are needed rarely, and then at once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ def test_train_step_measures_a_small_model(family: str) -> None:
         str(ROOT / "benchmarks/train_step.py"),
         f"--family={family}",
         "--small",
-        "--steps=5",
+        "--steps=8",
         "--width=64",
         "--height=64",
     ]
@@ -26,3 +27,11 @@ def test_train_step_measures_a_small_model(family: str) -> None:
     assert done.returncode == 0, done.stderr
     assert [row.split()[-1] for row in rows] == settings, done.stdout
     assert all(float(row.split()[0]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_start_measures_a_small_model(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/start.py"), str(tmp_path), "--small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["second_start"] > 0

@@ -19,13 +19,9 @@ from diffusion_trainer.models import configs
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts import examples
 from diffusion_trainer.utils.config import Table, _tables
+from diffusion_trainer.utils.dataset_settings import DatasetSettings, parse_dataset_settings
 from diffusion_trainer.utils.run_folder import Command, Status
-from diffusion_trainer.utils.settings import (
-    DatasetSettings,
-    TrainSettings,
-    parse_dataset_settings,
-    parse_train_settings,
-)
+from diffusion_trainer.utils.settings import TrainSettings, parse_train_settings
 from diffusion_trainer.utils.user_settings import UserSettings
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -83,6 +83,8 @@ def test_what_the_launcher_is_told(start: Start, monkeypatch: pytest.MonkeyPatch
         assert "--master_port=29777" in arguments
         assert arguments[arguments.index("--run_dir") + 1] == str(run.folder.path)
         if "machines" in options:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # of this machine alone
+            start({}, script=note, **options).wait(20)
             assert arguments[1:3] == ["--num_nodes=2", "--num_gpus=2"]
             assert str(note) not in arguments
 

@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 from diffusion_trainer.models import configs, families
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
+from diffusion_trainer.utils.settings import parse_train_settings
 
 COMMON = {"dtype": "bfloat16", "timestep_sample_method": "logit_normal"}
 FLOW = {"sigmoid_scale": 1.0, "shift": 3.0, "flux_shift": True}
@@ -218,7 +219,8 @@ def test_forms_that_users_files_have_are_taken_for_their_evident_meaning(caplog)
     file |= {"num_steps": 400, "output_name": "mine", "mixed_precision": "bf16",
              "deepspeed": {"train_micro_batch_size_per_gpu": 1},
              "lr_scheduler": {"type": "cosine", "num_warmup_steps": 30, "min_lr": 1e-6}}  # fmt: skip
-    file["model"]["load_dtype"] = "bfloat16"
+    file["model"] |= {"load_dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
+    file["partition"] = file.pop("partition_method")
     file["adapter"] = {"type": "lora", "rank": 8, "lora_dtype": "float32", "only_double_blocks": True,
                        "exclude_linear_modules": ["proj_out"]}  # fmt: skip
     settings = parse_train_settings(file)
@@ -227,9 +229,27 @@ def test_forms_that_users_files_have_are_taken_for_their_evident_meaning(caplog)
     assert settings.adapter.dtype == "float32"
     assert settings.adapter.exclude_modules == ["proj_out", "single_transformer_blocks"]
     said = [record.getMessage() for record in caplog.records]
-    for key in ("num_steps", "output_name", "mixed_precision", "load_dtype", "deepspeed", "[lr_scheduler]",
-                "lora_dtype", "only_double_blocks", "exclude_linear_modules"):  # fmt: skip
+    for key in ("num_steps", "output_name", "mixed_precision", "load_dtype", "attn_implementation", "partition",
+                "deepspeed", "[lr_scheduler]", "lora_dtype", "only_double_blocks",
+                "exclude_linear_modules"):  # fmt: skip
         assert sum(line.startswith(f"{key}: ") for line in said) == 1, key
+
+
+def test_options_of_the_run_below_a_table_are_taken(caplog):
+    """TOML gives what follows [optimizer] to that table; an optimizer's own arguments stay there."""
+    file = train_file("flux")
+    for key in ("epochs", "save_every_n_epochs", "micro_batch_size_per_gpu", "eval_micro_batch_size_per_gpu"):
+        file["optimizer"][key] = file.pop(key)
+    file["adapter"]["gradient_accumulation_steps"] = file.pop("gradient_accumulation_steps")
+    file["optimizer"]["warmup_steps"] = 7
+    settings = parse_train_settings(file)
+    assert (settings.epochs, settings.save_every_n_epochs, settings.gradient_accumulation_steps) == (1000, 5, 4)
+    assert settings.micro_batch_size_per_gpu == [[512, 4], [1024, 1]]
+    assert settings.optimizer.model_extra == {"warmup_steps": 7}
+    said = [record.getMessage() for record in caplog.records]
+    assert "optimizer.epochs: taken as epochs, which belongs above the first table" in said
+    with pytest.raises(SettingsError, match=r"adapter.epochs: unknown option"):
+        parse_train_settings(train_file("flux") | {"adapter": {"type": "lora", "epochs": 3}})
 
 
 def test_a_scheduler_table_is_checked():

@@ -9,9 +9,10 @@ from diffusion_trainer.diffusion_nodes.training_plan import TrainingPlan
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.activations import Meter
 from diffusion_trainer.utils.config import SettingsError
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.plan import GIB, verdict
 from diffusion_trainer.utils.planning import find_samples, make_plan, plan_lines, step_lines
-from diffusion_trainer.utils.settings import family_of, parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import family_of, parse_train_settings
 from diffusion_trainer.utils.sharding import local
 from diffusion_trainer.utils.trainer import Trainer
 from diffusion_trainer.utils.watch import Watch

@@ -1,6 +1,7 @@
 """Wan against diffusers' WanPipeline and WanImageToVideoPipeline, and trainings of its miniature."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +142,78 @@ def test_one_step_equals_the_pipelines(folder, dtype):
     sigma = pipeline.scheduler.sigma
     torch.testing.assert_close(x_t - sigma * batch.target, x0)
     torch.testing.assert_close(x_t - sigma * prediction.float(), arrived.float(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("wan-ti2v") / "ti2v_5b"
+    Wan.write_miniature(path, "ti2v_5b")
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_first_frame_equals_the_pipelines(ti2v, dtype):
+    """Wan 2.2's 5B model, image-to-video: the clean frame in its place, the time of each token, the answer."""
+    family = wan(ti2v, dtype=str(dtype).removeprefix("torch."), image_to_video=1.0)
+    pixels = torch.randint(0, 256, (3, 9, 64, 64), generator=torch.Generator().manual_seed(2))
+    example = sample(family, pixels / 127.5 - 1)
+    batch = family.collate([example])
+    prediction = run(family, family.load_denoiser(CPU), batch.inputs)
+
+    parts = library_pipeline(ti2v, dtype).components
+    pipeline = WanImageToVideoPipeline(**{**parts, "scheduler": AtOneTime()}, expand_timesteps=True)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler.sigma = family.timestep(example.quantile, (4, 4))
+    pipeline.scheduler.set_timesteps()
+    x0 = example.media["latents"][None].float()
+    seen = {}
+    pipeline.transformer.register_forward_hook(
+        lambda _module, _arguments, given, answer: seen.update(given, answer=answer[0]), with_kwargs=True
+    )
+    pipeline(
+        image=Image.fromarray(pixels[:, 0].permute(1, 2, 0).byte().numpy()),
+        prompt_embeds=prompt_embeds(pipeline, ["a red cat"]),
+        latents=pipeline.scheduler.scale_noise(x0, pipeline.scheduler.timesteps, example.noise[None]),
+        width=64, height=64, num_frames=9, num_inference_steps=1, guidance_scale=1.0, output_type="latent",
+    )  # fmt: skip
+    for ours, name in zip(batch.inputs, ("hidden_states", "timestep", "encoder_hidden_states"), strict=True):
+        assert torch.equal(ours, seen[name]), name
+    assert torch.equal(prediction, seen["answer"])
+    assert batch.inputs[1].unique().tolist() == [0.0, seen["timestep"].max().item()]
+
+
+def test_a_share_of_the_clips_is_trained_from_the_first_frame(ti2v):
+    family = wan(ti2v, image_to_video=0.5)
+    example = sample(family, torch.zeros(3, 9, 32, 32))
+    batch = family.collate([replace(example, seed=seed) for seed in range(40)])
+    given = (batch.inputs[0][:, :, 0] == example.media["latents"][:, 0]).flatten(1).all(1)
+    assert 10 < given.sum() < 30
+    assert torch.equal(batch.weight[:, 0, 0].amax((1, 2)) == 0, given)
+    assert torch.equal(batch.inputs[1].amin(1) == 0, given)
+    torch.testing.assert_close(batch.weight.mean((1, 2, 3, 4)), torch.ones(40))
+    plain = wan(ti2v).collate([example])
+    assert (plain.inputs[1].ndim, plain.weight.numel()) == (1, 1)
+    one = family.collate([sample(family, torch.zeros(3, 1, 32, 32))])
+    assert one.inputs[1].ndim == 1, "of a picture nothing would be left to make"
+
+
+def test_other_models_do_one_or_the_other(t2v):
+    with pytest.raises(SettingsError, match=r"model\.image_to_video: this model does one or the other"):
+        wan(t2v, image_to_video=0.5)
+
+
+def test_the_5b_model_trains_and_draws_from_a_first_frame(tmp_path: Path) -> None:
+    bench = VideoBench(tmp_path, "ti2v_5b")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
+    shown = {"prompts": ["a ball"], "width": 64, "height": 64, "frames": 5, "steps": 2, "before_first_step": False}
+    shown |= {"images": [str(tmp_path / "first.png")], "every_n_epochs": 2}
+    options = {"model": {"image_to_video": 0.5}, "epochs": 2, "seed": 3}
+    result = bench.train(**options, sample=shown)
+    with av.open(result.status.samples[-1]) as container:
+        assert len(list(container.decode(video=0))) == 5
+    plain = bench.train(**options, activation_checkpointing=False, micro_batch_size_per_gpu=2)
+    assert plain.curve("loss") == pytest.approx(result.curve("loss"), rel=1e-5)
+    assert plain.curve("loss") != bench.train(epochs=2, seed=3).curve("loss")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

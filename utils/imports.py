@@ -12,6 +12,9 @@ diffusers (needed when training starts). It writes::
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -26,3 +29,18 @@ class LazyModule(ModuleType):
 def lazy(name: str) -> Any:
     """The module called ``name`` (dotted names allowed), imported at the first attribute access."""
     return LazyModule(name)
+
+
+@contextmanager
+def hidden(*names: str) -> Iterator[None]:
+    """Within it these packages seem not to be installed, unless they are loaded already.
+
+    For libraries that look at their import which others there are, and load at once all that they find.
+    """
+    missing = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(missing))  # type: ignore[arg-type]  # None is Python's word for it
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]

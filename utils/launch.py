@@ -224,7 +224,7 @@ def start(
         ProcessError: The GPUs or the folder are in use, or the processes cannot be started.
     """
     environment = _environment(env or {})
-    selection = _visible_gpus(environment) if gpus is None else list(gpus)
+    selection = None if machines else _visible_gpus(environment) if gpus is None else list(gpus)
     used = tuple((selection or range(num_gpus))[:num_gpus])
     if len(used) < num_gpus:
         raise ProcessError(f"number_of_gpus: {num_gpus} asked for, but only {len(used)} are visible {list(used)}")
