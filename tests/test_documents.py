@@ -42,7 +42,11 @@ def in_line(name: str) -> list[str]:
 def commands(name: str) -> list[str]:
     """Command lines without comments; what stands for something else made a word of its own."""
     lines = [line for text in blocks(name, "bash") for line in text.splitlines()]
-    lines += [text for text in in_line(name) if " -" in text and re.match(r"(python3?|deepspeed|torchrun) ", text)]
+    lines += [
+        text
+        for text in in_line(name)
+        if " -" in text and ".py" in text and re.match(r"(python3?|deepspeed|torchrun) ", text)
+    ]
     return [re.sub(r"<[^>]*>|\s+\.\.\.", " WORD", line.partition("#")[0]).strip() for line in lines]
 
 
