@@ -19,8 +19,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .utils.dataset_settings import DatasetSettings
     from .utils.run_folder import RunFolder
-    from .utils.settings import DatasetSettings, TrainSettings
+    from .utils.settings import TrainSettings
     from .utils.world import World
 
 ROOT = Path(__file__).resolve().parent
@@ -143,7 +144,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[TrainSettings, Dataset
     if not path.is_file() and (arguments.check_config or not named):
         return settings, None
     try:
-        return settings, settings_module.parse_dataset_settings(config.read_toml(path))
+        return settings, _module("utils.dataset_settings").parse_dataset_settings(config.read_toml(path))
     except config.SettingsError as error:
         raise config.SettingsError("\n".join(f"dataset {path}: {line}" for line in str(error).split("\n"))) from None
 

@@ -52,7 +52,7 @@ def start(root: Path, fill: bool) -> dict[str, float]:
     import torch
 
     begin = time.perf_counter()
-    dataset, settings = module("utils.dataset"), module("utils.settings")
+    dataset, settings = module("utils.dataset"), module("utils.dataset_settings")
     cache, sampler, index = module("utils.cache"), module("utils.sampler"), module("utils.index")
     flux, readers = module("models.flux").Flux, module("utils.readers")
     times = {"imports": time.perf_counter() - begin}

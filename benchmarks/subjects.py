@@ -139,11 +139,15 @@ def wan(size: Size, device: torch.device, shape: dict[str, Any], task: Any = "t2
         def denoiser_reader(self) -> Any:
             return random_weights(self.build_denoiser(), device)
 
+        def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+            return media, text
+
     latents = (16, (size.frames - 1) // 4 + 1, size.height // 8, size.width // 8)
     media: Shapes = {"latents": latents}
     if task == "i2v":
         media |= {"condition": latents, "image_embeds": (257, 1280)}
-    return Subject("wan", RandomWan, media, {"umt5_embeds": (120, 4096)})
+    text: Shapes = {"umt5_embeds": (120, 4096)}
+    return Subject("wan", RandomWan, media, text)
 
 
 SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {

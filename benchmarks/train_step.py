@@ -90,9 +90,10 @@ def train_table(arguments: argparse.Namespace, subject: Subject, changes: dict[s
 
 def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
     """A trainer whose model and data are random; on a GPU it has a ``profile`` of its last steps."""
+    from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
     from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
-    from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+    from diffusion_trainer.utils.settings import parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
     from diffusion_trainer.utils.world import join_world
 
@@ -149,6 +150,7 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     }
     pixels = (arguments.width, arguments.height, arguments.frames)
     flops = step_flops(trainer.family, pixels, arguments.batch, trainer.settings.adapter is not None)
+    row["planned"] = trainer._planned(trainer.preparation.run().train.samples) / 2**30
     row |= {"tflop": flops / 1e12, "used": utilisation(flops, row["median"], row["device"])}
     if cuda:
         row |= {"peak": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30}
@@ -161,8 +163,8 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
 
 COLUMNS = {
     "seconds": ("s/step", "8.3f"), "median": ("median", "8.3f"), "peak": ("peak GiB", "9.1f"),
-    "reserved": ("reserved", "9.1f"), "tflop": ("TFLOP", "8.4g"), "used": ("of peak", "8.0%"),
-    "outside": ("outside", "8.1%"), "loss": ("loss", "8.4f"), "setting": (" setting", ""),
+    "planned": ("planned", "8.1f"), "reserved": ("reserved", "9.1f"), "tflop": ("TFLOP", "8.4g"),
+    "used": ("of peak", "8.0%"), "outside": ("outside", "8.1%"), "loss": ("loss", "8.4f"), "setting": (" setting", ""),
 }  # fmt: skip
 """Of the table: heading and format by value. What was not measured is left blank."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..utils.config import SettingsError, Table, option
-from ..utils.settings import DatasetSettings, Directory, EvalDataset, FolderOptions, parse_dataset_settings
+from ..utils.dataset_settings import DatasetSettings, Directory, FolderOptions, parse_dataset_settings
+from ..utils.settings import EvalDataset
 from . import comfy
 from .files import copy_path, write_copy
 from .schema import AUTO, SettingsNode, Socket, Widget, further, widget, widgets

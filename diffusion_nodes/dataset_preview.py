@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, ClassVar
 
 from ..models import family_named
-from ..utils.settings import parse_dataset_settings
+from ..utils.dataset_settings import parse_dataset_settings
 from . import comfy
 
 

@@ -19,13 +19,14 @@ from typing import Any
 from ..models import families
 from ..utils import launch
 from ..utils.config import SettingsError, read_toml, write_toml
+from ..utils.dataset_settings import parse_dataset_settings
 from ..utils.environment import Environment
 from ..utils.failure import log_tail
 from ..utils.machines import read_hostfile
 from ..utils.processes import ProcessError
 from ..utils.progress import amount
 from ..utils.run_folder import ENDED, RunFolder, Status, duration
-from ..utils.settings import TrainSettings, as_toml, family_of, parse_dataset_settings, parse_train_settings
+from ..utils.settings import TrainSettings, as_toml, family_of, parse_train_settings
 from . import comfy, files
 from .sample_sheet import sample_sheet
 from .schema import widget

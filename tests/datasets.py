@@ -15,9 +15,9 @@ import torch
 from diffusion_trainer.models.flux import Flux
 from diffusion_trainer.utils.dataset import Sample, scan
 from diffusion_trainer.utils.dataset_report import Report
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.index import Index
 from diffusion_trainer.utils.readers import Readers
-from diffusion_trainer.utils.settings import parse_dataset_settings
 from PIL import Image
 
 READERS = Readers(2)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 from diffusion_trainer.utils.buckets import Bucket, Buckets, Grid, aspect_ratios
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.media import crop_box
-from diffusion_trainer.utils.settings import parse_dataset_settings
 from hypothesis import given
 from hypothesis import strategies as st
 

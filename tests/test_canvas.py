@@ -11,7 +11,8 @@ from diffusion_trainer.diffusion_nodes.train import RUN_OPTIONS
 from diffusion_trainer.models import families
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.utils.config import SettingsError, Table, _tables, validate
-from diffusion_trainer.utils.settings import DatasetSettings, TrainSettings, parse_train_settings
+from diffusion_trainer.utils.dataset_settings import DatasetSettings
+from diffusion_trainer.utils.settings import TrainSettings, parse_train_settings
 
 ELSEWHERE = {
     "TrainSettings.dataset": "Start Training writes it from what is linked to it",

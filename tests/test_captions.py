@@ -2,7 +2,7 @@
 
 import pytest
 from diffusion_trainer.utils.captions import UnusableCaption, decode, variants
-from diffusion_trainer.utils.settings import parse_dataset_settings
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -134,6 +134,9 @@ def test_bytes_have_a_unit_and_a_rate(tmp_path: Path, monkeypatch: pytest.Monkey
     control = Control(world(), folder, Status(state="caching"))
     with caplog.at_level("INFO", "diffusion_trainer"):
         control.progress("loading the model")
+        now[0] += 30  # libraries are loaded
+        control.progress("loading the model", 1_000_000, 24_000_000_000, "bytes")
+        assert caplog.records[-1].getMessage() == "loading the model [--------------------] 0.0/24.0 GB"
         now[0] += 12
         control.progress("loading the model", 6_000_000_000, 24_000_000_000, "bytes")
     bar = "[#####---------------]"

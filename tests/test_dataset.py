@@ -13,7 +13,8 @@ from datasets import READERS, EditFamily, VideoFamily, hostile, look, picture
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import SettingsError
 from diffusion_trainer.utils.dataset import recall, remember
-from diffusion_trainer.utils.settings import as_toml, parse_dataset_settings
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
+from diffusion_trainer.utils.settings import as_toml
 
 
 def test_captions_from_all_places(tmp_path):

@@ -19,13 +19,9 @@ from diffusion_trainer.models import configs
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts import examples
 from diffusion_trainer.utils.config import Table, _tables
+from diffusion_trainer.utils.dataset_settings import DatasetSettings, parse_dataset_settings
 from diffusion_trainer.utils.run_folder import Command, Status
-from diffusion_trainer.utils.settings import (
-    DatasetSettings,
-    TrainSettings,
-    parse_dataset_settings,
-    parse_train_settings,
-)
+from diffusion_trainer.utils.settings import TrainSettings, parse_train_settings
 from diffusion_trainer.utils.user_settings import UserSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +42,11 @@ def in_line(name: str) -> list[str]:
 def commands(name: str) -> list[str]:
     """Command lines without comments; what stands for something else made a word of its own."""
     lines = [line for text in blocks(name, "bash") for line in text.splitlines()]
-    lines += [text for text in in_line(name) if " -" in text and re.match(r"(python3?|deepspeed|torchrun) ", text)]
+    lines += [
+        text
+        for text in in_line(name)
+        if " -" in text and ".py" in text and re.match(r"(python3?|deepspeed|torchrun) ", text)
+    ]
     return [re.sub(r"<[^>]*>|\s+\.\.\.", " WORD", line.partition("#")[0]).strip() for line in lines]
 
 
@@ -163,3 +163,13 @@ def test_names_are_those_of_the_program(name: str) -> None:
     own = {text for text in used if re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+", text)}
     known = set(known_names())
     assert own - known - OTHER_NAMES == set(), "no option, input, output or flag is called so"
+
+
+@pytest.mark.parametrize("name", ["docs/guide.md", "docs/guide.zh.md"])
+def test_messages_are_those_of_the_program(name: str) -> None:
+    rows = re.findall(r"^\| `([^`]+)` \|", DOCUMENTS[name], re.MULTILINE)
+    assert len(rows) == 5
+    code = "".join(path.read_text("utf-8") for folder in ("models", "utils", "diffusion_nodes")
+                   for path in (ROOT / folder).glob("*.py"))  # fmt: skip
+    told = [max(re.split(r"'?\.\.\.'?|\d", row), key=len).strip() for row in rows]
+    assert [text for text in told if text not in code] == []

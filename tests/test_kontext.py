@@ -15,11 +15,12 @@ from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.utils.buckets import Bucket
 from diffusion_trainer.utils.config import validate
 from diffusion_trainer.utils.dataset import Sample
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.index import Media
 from diffusion_trainer.utils.media import Properties, Source
-from diffusion_trainer.utils.plan import make_plan
+from diffusion_trainer.utils.planning import make_plan
 from diffusion_trainer.utils.sampler import Sampler
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import parse_train_settings
 from PIL import Image, ImageOps
 from test_training import assert_same
 from training import Bench, Result

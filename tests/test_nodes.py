@@ -13,10 +13,8 @@ from diffusion_trainer.diffusion_nodes.config import OPTIMIZER_TAKES
 from diffusion_trainer.nodes import NODE_CLASS_MAPPINGS as NODES
 from diffusion_trainer.scripts.workflow import widget_names
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.settings import (
-    parse_dataset_settings,
-    parse_train_settings,
-)
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
+from diffusion_trainer.utils.settings import parse_train_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 

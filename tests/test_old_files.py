@@ -8,7 +8,8 @@ import pytest
 import tomli_w
 from diffusion_trainer.models import configs, families
 from diffusion_trainer.utils.config import SettingsError
-from diffusion_trainer.utils.settings import parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
+from diffusion_trainer.utils.settings import parse_train_settings
 
 COMMON = {"dtype": "bfloat16", "timestep_sample_method": "logit_normal"}
 FLOW = {"sigmoid_scale": 1.0, "shift": 3.0, "flux_shift": True}

@@ -9,9 +9,10 @@ from diffusion_trainer.diffusion_nodes.training_plan import TrainingPlan
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.activations import Meter
 from diffusion_trainer.utils.config import SettingsError
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.plan import GIB, verdict
 from diffusion_trainer.utils.planning import find_samples, make_plan, plan_lines, step_lines
-from diffusion_trainer.utils.settings import family_of, parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import family_of, parse_train_settings
 from diffusion_trainer.utils.sharding import local
 from diffusion_trainer.utils.trainer import Trainer
 from diffusion_trainer.utils.watch import Watch
@@ -270,3 +271,27 @@ def test_memory_is_compared_with_the_plan_and_the_gpu(caplog, monkeypatch):
             watch.step(1.0)
     assert [record.message.split(";")[0] for record in caplog.records] == [
         "memory: 20.0 GiB, planned 19.5", "memory: 23.9 of 24.0 GiB are taken"]  # fmt: skip
+
+
+def test_a_run_tells_its_watch_of_every_step_and_of_the_plan(tmp_path, seen, monkeypatch, caplog):
+    steps = []
+
+    class OnGpu(Watch):
+        def __init__(self, device, planned):
+            super().__init__(device, planned)
+            self._total = 24 * GIB
+
+        def step(self, seconds):
+            steps.append(seconds)
+            super().step(seconds)
+
+    monkeypatch.setattr("diffusion_trainer.utils.trainer.Watch", OnGpu)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 23.9 * GIB)
+    with caplog.at_level("INFO"):
+        Bench(tmp_path).train(epochs=2, max_steps=6)
+    assert len(steps) == 6
+    assert min(steps) > 0
+    said = [record.message.split(";")[0] for record in caplog.records if record.name.endswith("watch")]
+    planned = seen.plan.stages[0].memory.total / GIB
+    assert said == [f"memory: 20.0 GiB, planned {planned:.1f}", "memory: 23.9 of 24.0 GiB are taken"]

@@ -7,6 +7,7 @@ import pytest
 from diffusion_trainer.models import configs, families, planned
 from diffusion_trainer.scripts import examples
 from diffusion_trainer.utils.config import SettingsError, write_toml
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.environment import Environment
 from diffusion_trainer.utils.settings import (
     EvalDataset,
@@ -15,7 +16,6 @@ from diffusion_trainer.utils.settings import (
     as_toml,
     family_of,
     load_train_settings,
-    parse_dataset_settings,
     parse_train_settings,
 )
 

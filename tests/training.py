@@ -18,8 +18,9 @@ import torch
 from deepspeed.utils import groups as deepspeed_groups
 from diffusion_trainer.models import families
 from diffusion_trainer.utils.config import write_toml
+from diffusion_trainer.utils.dataset_settings import DatasetSettings, parse_dataset_settings
 from diffusion_trainer.utils.run_folder import Command, RunFolder
-from diffusion_trainer.utils.settings import DatasetSettings, parse_dataset_settings, parse_train_settings
+from diffusion_trainer.utils.settings import parse_train_settings
 from diffusion_trainer.utils.trainer import Trainer, prepare_folder
 from diffusion_trainer.utils.world import World, join_world
 from PIL import Image, ImageDraw

@@ -101,11 +101,9 @@ class Assembly:
 
     # -- the chain of this stage --------------------------------------------------------------------------
 
-    def _costs(self, denoiser: nn.Module) -> list[int] | None:
-        """Arithmetic of each layer for the largest sample, if stages or swapping go by it."""
-        s, cache = self.settings, self.cache
-        if not s.blocks_to_swap and not (s.pipeline_stages > 1 and s.partition_method == "cost"):
-            return None
+    def _costs(self, denoiser: nn.Module) -> list[int]:
+        """Arithmetic of each layer for the largest sample."""
+        cache = self.cache
         sizes = [sample.bucket.width * sample.bucket.height * sample.bucket.frames for sample in cache.samples]
         plan = [[Draw(sizes.index(max(sizes)), 0, 1.0)]]
         batch = next(iter(Loader(cache, self.family, self.settings.seed, 1).steps(0, plan)))[0]
@@ -116,7 +114,9 @@ class Assembly:
     ) -> tuple[Chain, Sharding | None, dict[nn.Module, int]]:
         """This stage of ``denoiser`` with its weights, how they are shared out, and which stage has which module."""
         s = self.settings
-        layers, costs = self.family.layers(denoiser), self._costs(denoiser)
+        layers = self.family.layers(denoiser)
+        by_cost = s.pipeline_stages > 1 and s.partition_method == "cost"
+        costs = self._costs(denoiser) if by_cost or s.blocks_to_swap else None
         bounds = partition(layers, s.pipeline_stages, s.partition_method, s.partition_split, costs)
         stage = self.world.stage(s.pipeline_stages)
         sharding = None

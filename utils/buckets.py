@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from .settings import FolderOptions
+    from .dataset_settings import FolderOptions
 
 
 class Bucket(NamedTuple):

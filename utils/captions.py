@@ -8,8 +8,8 @@ import random
 import re
 from collections.abc import Iterator
 
+from .dataset_settings import FolderOptions
 from .randomness import derive_seed
-from .settings import FolderOptions
 
 LONGEST = 100_000
 """Characters; no text encoder sees a hundredth of it."""

@@ -29,6 +29,7 @@ class Control:
         self._asked = 0
         self._written = 0.0
         self._phase_started = self._phase_said = self._listened = 0.0
+        self._phase_first = 0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Control:
@@ -85,8 +86,11 @@ class Control:
         now = time.monotonic()
         is_new = phase != self.status.phase
         if is_new:
-            self._phase_started = self._phase_said = now
-        left = (now - self._phase_started) / done * (total - done) if done and not is_new else None
+            self._phase_said = now
+        if is_new or unit != self.status.phase_unit:  # before the first bytes come, libraries are loaded
+            self._phase_started, self._phase_first = now, done
+        past = done - self._phase_first
+        left = (now - self._phase_started) / past * (total - done) if past > 0 else None
         eta = self.status.eta if self.status.state == "training" else left
         self.say(is_new, phase=phase, phase_done=done, phase_total=total, phase_unit=unit, eta=eta)
         if is_new or done == total or now - self._phase_said > 10:

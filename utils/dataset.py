@@ -17,11 +17,11 @@ from .buckets import Bucket, Buckets, Grid
 from .captions import variants
 from .config import SettingsError, write_whole
 from .dataset_report import Report
+from .dataset_settings import DatasetSettings, Directory
 from .index import Index, Media, Stamp, stamp_of
 from .media import Properties, Source
 from .progress import Progress
 from .randomness import derive_seed
-from .settings import DatasetSettings, Directory
 from .sources import Item, find_items, list_folder, printable
 from .video import ClipMode, clip_starts, num_frames
 

@@ -19,10 +19,11 @@ from ..models.base import Batch, Example, Family
 from .cache import Cache, View
 from .config import SettingsError, read_toml
 from .dataset import Kind, Sample
+from .dataset_settings import DatasetSettings, parse_dataset_settings
 from .loader import AHEAD, READERS, Loader
 from .pipeline import Engine
 from .randomness import derive_seed, generator
-from .settings import DatasetSettings, TrainSettings, parse_dataset_settings
+from .settings import TrainSettings
 from .world import World
 
 logger = logging.getLogger(__name__)

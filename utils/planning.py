@@ -23,6 +23,7 @@ from .activations import META, Activations, measure, measure_drawing
 from .adapters import inject
 from .config import SettingsError
 from .dataset import Sample, scan
+from .dataset_settings import DatasetSettings
 from .finetune import choose_weights
 from .footprint import Counter, Footprint
 from .index import Index
@@ -34,7 +35,7 @@ from .progress import Stopped, Unit
 from .readers import Readers, usual_count
 from .sampler import Sampler
 from .samples import size_of
-from .settings import DatasetSettings, TrainSettings, family_of
+from .settings import TrainSettings, family_of
 from .sources import EDIT_LIST
 
 PATIENCE = 60.0

@@ -21,12 +21,13 @@ from .config import SettingsError, write_whole
 from .control import Control
 from .dataset import Sample, keep_for_good, recall, remember, scan, scan_name
 from .dataset_report import Report
+from .dataset_settings import DatasetSettings
 from .index import Index, Media
 from .readers import Readers, usual_count
 from .run_folder import RunFolder
 from .sampler import Sampler
 from .samples import Prompt, find_images, prompts_of
-from .settings import DatasetSettings, TrainSettings
+from .settings import TrainSettings
 from .sources import printable
 from .world import World, num_local
 

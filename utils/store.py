@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -109,9 +110,12 @@ class Store:
         """
         count = freed = 0
         for key, size in self.sizes(sweep=True).items():
-            if key not in used and time.time() - self.path(key).stat().st_mtime >= min_age:
-                self.path(key).unlink(missing_ok=True)
-                count, freed = count + 1, freed + size
+            if key in used:
+                continue
+            with suppress(FileNotFoundError):  # removed by another process meanwhile
+                if time.time() - self.path(key).stat().st_mtime >= min_age:
+                    self.path(key).unlink()
+                    count, freed = count + 1, freed + size
         return count, freed
 
 

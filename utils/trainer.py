@@ -17,6 +17,7 @@ from .checkpoint import load_checkpoint, newest_checkpoint
 from .config import SettingsError, write_toml
 from .control import Control
 from .dataset import Sample
+from .dataset_settings import DatasetSettings
 from .evaluation import Evaluation, read_sets
 from .loader import Loader
 from .loop import Loop
@@ -30,7 +31,7 @@ from .progress import Stopped
 from .run_folder import RunFolder, Status
 from .sampler import Sampler
 from .samples import Previews, requests_of
-from .settings import DatasetSettings, TrainSettings, as_toml, family_of
+from .settings import TrainSettings, as_toml, family_of
 from .trained import Trained
 from .wandb_run import WandbRun, check_wandb
 from .watch import Watch

@@ -9,6 +9,8 @@ from statistics import median
 
 import torch
 
+from .config import SettingsError
+
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -46,7 +48,7 @@ class Watch:
         if self._steps == SETTLED + 1 and self._planned is not None:
             try:
                 planned = self._planned()
-            except RuntimeError as error:  # an operator that needs values; no reason to end a training
+            except (RuntimeError, SettingsError) as error:  # an operator that needs values; no reason to end a training
                 logger.warning("memory: there is no plan to compare with (%s)", str(error).splitlines()[0])
             else:
                 peak = torch.cuda.max_memory_allocated(self._device)

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 from comfy_checks import enter_comfyui
 
-MODULES = ("learning", "untouched", "data", "weights", "resuming", "gguf_files")
+MODULES = ("learning", "options", "untouched", "data", "weights", "resuming", "gguf_files")
 
 
 def main() -> int:

@@ -106,23 +106,35 @@ def check_the_same_seed_gives_the_same_lora() -> None:
         assert not same(first, train(model, family, seed=8)[1]), family
 
 
+WIDE = {"sdxl": {}, "flux": {"hidden_size": 256, "num_heads": 2}, "qwen": {"num_attention_heads": 2},
+        "wan": {"dim": 256, "num_heads": 2, "ffn_dim": 1024}}  # fmt: skip
+"""At half of this width the random, frozen rest of a transformer lets too little of a token's noise through: Wan ends
+at a sixth of its first loss, however long it trains."""
+STEPS = {"sdxl": 200, "flux": 200, "qwen": 200, "wan": 600}
+
+
 def check_overfitting_one_latent() -> None:
-    for family, model in models():
-        latent = mini.latents(family, 1, 3)["samples"]
-        latent = latent[..., :1, :1] + 0.25 * latent  # mostly flat, as those of pictures are
-        values = {"steps": 150 if family == "sdxl" else 300, "learning_rate": 0.005, "rank": 32, "target": "*",
-                  "warmup_steps": 10, "batch_size": 4, "schedule": "cosine",
-                  "gradient_checkpointing": False}  # fmt: skip
+    """A smooth picture: the loss can fall to nothing, because noise follows from the noisy latent and the latent."""
+    for family in mini.FAMILIES:
+        with torch.inference_mode():
+            model = mini.make_model(family, seed=1, **WIDE[family])
+        coarse = mini.latents(family, 1, 3, 3, 3)["samples"]
+        smooth = torch.nn.functional.interpolate(coarse, size=(8, 8), mode="bicubic", align_corners=True)
+        inner = smooth / smooth.std()
+        inner = inner.unsqueeze(2) if family in ("wan", "qwen") else inner
+        latent = model.model.process_latent_out(inner)
+        values = {"steps": STEPS[family], "learning_rate": 0.005, "rank": 32, "target": "*", "warmup_steps": 10,
+                  "batch_size": 4, "schedule": "cosine", "gradient_checkpointing": False}  # fmt: skip
         trained, _, curve, _ = train(model, family, [{"samples": latent}], **values)
         start, end = curve["loss"][0], sum(curve["loss"][-20:]) / 20
         assert end < start / 10, f"{family}: from {start:.3f} to {end:.3f}"
         far, near = (distance(patched, family, latent) for patched in (model, trained))
-        assert near < far / 3, f"{family}: what it makes is {near:.3f} from the latent, and was {far:.3f}"
+        assert near < far / 10, f"{family}: what it makes is {near:.3f} from the latent, and was {far:.3f}"
 
 
 def distance(model: Any, family: str, latent: torch.Tensor) -> float:
     """Mean square distance of what the model makes of its caption from ``latent``."""
-    shape = latent.unsqueeze(2) if family in ("wan", "qwen") else latent
+    shape = latent.unsqueeze(2) if family in ("wan", "qwen") and latent.ndim == 4 else latent
     noise = torch.randn(shape.shape, generator=torch.Generator().manual_seed(1))
     caption = mini.conditioning(family, 4)
     with torch.inference_mode():
@@ -137,11 +149,3 @@ def check_alpha_stays_as_it_was() -> None:
         lora = train(model, family, alpha=alpha, learning_rate=0.05)[1]
         found = {float(value) for key, value in lora.items() if key.endswith(".alpha")}
         assert found == {told}, found
-
-
-def check_accumulation_is_a_larger_batch() -> None:
-    family, model = next(models())
-    latents, captions = [mini.latents(family, 4)], [mini.conditioning(family)]
-    values = {"steps": 1, "optimizer": "SGD", "learning_rate": 1.0, "gradient_clipping": 0.0}
-    losses = train(model, family, latents, captions, gradient_accumulation=4, **values)[2]["loss"]
-    assert len(losses) == 1 and torch.isfinite(torch.tensor(losses)).all()
