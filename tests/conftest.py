@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  torch.compile imports it, which fails once something has imported distutils
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # miniatures; threads that wait for each other crawl on a busy machine
 
