@@ -11,7 +11,7 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-MOST_GRAPHS = 64
+MOST_GRAPHS = 256
 """Of one piece of code; a U-Net runs the same code with many widths. torch's 8 would leave the rest uncompiled."""
 ALL_GRAPHS = 4 * MOST_GRAPHS
 
@@ -19,7 +19,7 @@ ALL_GRAPHS = 4 * MOST_GRAPHS
 def compile_modules(modules: Iterable[nn.Module], memory_budget: float | None = None) -> None:
     """Has modules compiled when they are first called; alike ones share one compilation.
 
-    Sizes that change become variables at the first change, so that buckets do not compile anew.
+    Sizes that change become variables at the first change, so that buckets of transformers do not compile anew.
 
     Args:
         memory_budget: Share of the activations that is kept; left out, what is needed.
