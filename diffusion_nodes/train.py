@@ -133,11 +133,16 @@ class Train:
             raise
         except BaseException:  # Cancel, be it noticed here or by another node: ComfyUI then ends this task
             comfy.progress_text(f"stopping; it has {grace_seconds} s to save", unique_id)
-            await asyncio.to_thread(run.stop, grace_seconds)
-            saved = _publish(run) or "nothing was exported"
-            comfy.progress_text(f"stopped at step {run.status().step}; {saved}", unique_id)
+            # All of it in the thread: the server may end this task a second time, but waits for its threads
+            await asyncio.to_thread(_stop, run, grace_seconds, unique_id)
             raise
         return _result(run, outcome, unique_id)
+
+
+def _stop(run: launch.Run, grace_seconds: int, unique_id: str | None) -> None:
+    run.stop(grace_seconds)
+    saved = _publish(run) or "nothing was exported"
+    comfy.progress_text(f"stopped at step {run.status().step}; {saved}", unique_id)
 
 
 def checked_tables(
