@@ -119,7 +119,8 @@ class Adapted(nn.Module):
 class Together:
     """Layers that are given the same tensor one after the other: the first call computes the outputs of all.
 
-    A layer that is given another tensor after all is computed anew; that costs time and changes nothing.
+    A layer that is given another tensor after all is computed anew; that costs time and changes nothing. Between the
+    calls nobody may write to the tensor: `Family.shared_inputs` names layers of which that is known.
     """
 
     def __init__(self, members: Sequence[Adapted]) -> None:
