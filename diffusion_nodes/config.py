@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal
 
 from ..models import family_named
 from ..models.base import ModelConfig as ModelTable
+from ..utils.adapter_settings import AdapterTable, Loha, Lokr, Lora
 from ..utils.config import SettingsError, Table, option, validate
 from ..utils.dataset_settings import parse_dataset_settings
-from ..utils.settings import AdapterTable, Loha, Lokr, Lora, Optimizer, TrainSettings, parse_train_settings
+from ..utils.settings import TrainSettings, parse_train_settings
+from ..utils.step_settings import Optimizer
 from . import comfy
 from .files import copy_path, output_folder, write_copy
 from .schema import SettingsNode, Socket, Widget, further, widget, widgets

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ..utils.config import SettingsError, Table, option
 from ..utils.dataset_settings import DatasetSettings, Directory, FolderOptions, parse_dataset_settings
-from ..utils.settings import EvalDataset
+from ..utils.observation_settings import EvalDataset
 from . import comfy
 from .files import copy_path, write_copy
 from .schema import AUTO, SettingsNode, Socket, Widget, further, widget, widgets

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 
 from ..utils.config import Table, option, validate
 from ..utils.environment import Environment
-from ..utils.settings import Monitoring, Sampling, TrainSettings
+from ..utils.observation_settings import Monitoring, Sampling
+from ..utils.settings import TrainSettings
 from . import comfy
 from .config import CATEGORY, AdvancedTrainConfig, GeneralConfig, linked
 from .schema import SettingsNode, Socket, further, widget, widgets

@@ -172,14 +172,16 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def options_page() -> str:
     """Tables of every option of both TOML files."""
-    settings, families = package("utils.settings"), package("models").families()
-    data = package("utils.dataset_settings")
-    parts = [("train.toml", settings.TrainSettings), ("[adapter]", settings.Lora),
-             ('[adapter] with type = "loha"', settings.Loha), ('[adapter] with type = "lokr"', settings.Lokr),
-             ("[[adapter.fuse_adapters]]", settings.FusedAdapter), ("[optimizer]", settings.Optimizer),
-             ("[sample]", settings.Sampling), ("[monitoring]", settings.Monitoring)]  # fmt: skip
+    families, data = package("models").families(), package("utils.dataset_settings")
+    adapter, observation = package("utils.adapter_settings"), package("utils.observation_settings")
+    parts = [("train.toml", package("utils.settings").TrainSettings), ("[adapter]", adapter.Lora),
+             ('[adapter] with type = "loha"', adapter.Loha), ('[adapter] with type = "lokr"', adapter.Lokr),
+             ("[[adapter.fuse_adapters]]", adapter.FusedAdapter),
+             ("[optimizer]", package("utils.step_settings").Optimizer),
+             ("[sample]", observation.Sampling), ("[monitoring]", observation.Monitoring)]  # fmt: skip
     planned = {kind: config for kind, config in package("models").configs().items() if kind not in families}
-    parts += [("[environment]", package("utils.environment").Environment), ("[[eval_datasets]]", settings.EvalDataset)]
+    parts += [("[environment]", package("utils.environment").Environment)]
+    parts += [("[[eval_datasets]]", observation.EvalDataset)]
     parts += [(f'[model] with type = "{kind}"', family.Config) for kind, family in families.items()]
     parts += [
         (f'[model] with type = "{kind}", which cannot be trained yet', config) for kind, config in planned.items()
@@ -260,8 +262,8 @@ def files() -> dict[Path, str]:
 
 
 def _files() -> dict[Path, str]:
-    settings, families = package("utils.settings"), package("models").families()
-    data = package("utils.dataset_settings")
+    settings, families = package("utils.settings").TrainSettings, package("models").families()
+    data, observation = package("utils.dataset_settings"), package("utils.observation_settings")
     result: dict[Path, str] = {}
     for language in LANGUAGES:
         text = json.dumps(node_definitions(language), ensure_ascii=False, indent=2) + "\n"
@@ -274,12 +276,13 @@ def _files() -> dict[Path, str]:
     result[ROOT / "docs/options.md"] = options_page()
     result[ROOT / "docs/nodes.md"], result[ROOT / "docs/nodes.zh.md"] = map(nodes_page, LANGUAGES)
     examples = importlib.import_module("examples")
-    tables = {"optimizer": settings.Optimizer, "sample": settings.Sampling, "eval_datasets": settings.EvalDataset,
+    tables = {"optimizer": package("utils.step_settings").Optimizer, "sample": observation.Sampling,
+              "eval_datasets": observation.EvalDataset,
               "environment": package("utils.environment").Environment}  # fmt: skip
     for name, (title, values) in examples.TRAIN.items():
-        own = {"model": families[values["model"]["type"]].Config, "adapter": settings.Lora}
+        own = {"model": families[values["model"]["type"]].Config, "adapter": package("utils.adapter_settings").Lora}
         head = f"{title}: {examples.COMMAND.format(name=name)}"
-        result[ROOT / "configs" / name] = example(head, values, settings.TrainSettings, tables | own)
+        result[ROOT / "configs" / name] = example(head, values, settings, tables | own)
     for name, (title, values) in examples.DATASET.items():
         result[ROOT / "configs" / name] = example(title, values, data.DatasetSettings, {"directory": data.Directory})
     return result

@@ -15,9 +15,9 @@ from diffusion_trainer.utils.dataset_settings import DatasetSettings
 from diffusion_trainer.utils.settings import TrainSettings, parse_train_settings
 
 ELSEWHERE = {
-    "TrainSettings.dataset": "Start Training writes it from what is linked to it",
-    "TrainSettings.resume_from_checkpoint": "resume of Start Training",
-    "TrainSettings.eval_datasets": "files by eval_datasets, tables by nodes that give EVAL_DATASET_CONFIG",
+    "Files.dataset": "Start Training writes it from what is linked to it",
+    "Saving.resume_from_checkpoint": "resume of Start Training",
+    "Evaluation.eval_datasets": "files by eval_datasets, tables by nodes that give EVAL_DATASET_CONFIG",
     "EvalDataset.config": "nodes that give EVAL_DATASET_CONFIG",
     "Optimizer.type": "optimizer_type and other_type; see below",
     "Optimizer.betas": "beta1 and beta2, or any number of them as an argument; see below",

@@ -23,9 +23,9 @@ from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
 from diffusion_trainer.utils.adapted import Adapted, adapted_layers
+from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import validate
-from diffusion_trainer.utils.settings import Loha, Lokr, Lora
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -14,9 +14,9 @@ import torch
 from diffusion_trainer.models import families
 from diffusion_trainer.models.base import Example, Family, SampleRequest
 from diffusion_trainer.utils.adapted import adapted_layers
+from diffusion_trainer.utils.adapter_settings import Lora
 from diffusion_trainer.utils.adapters import inject, target_names
 from diffusion_trainer.utils.config import read_toml, validate, write_toml
-from diffusion_trainer.utils.settings import Lora
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent

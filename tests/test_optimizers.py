@@ -11,7 +11,7 @@ from diffusion_trainer.utils.generic_optimizer import NEWTON_SCHULZ, POLAR_EXPRE
 from diffusion_trainer.utils.optimizers import KAHAN, build_optimizers, is_offloaded, keeps_kahan_sums
 from diffusion_trainer.utils.release import ReleasedTrained
 from diffusion_trainer.utils.run_folder import RunFolder
-from diffusion_trainer.utils.settings import Optimizer
+from diffusion_trainer.utils.step_settings import Optimizer
 from diffusion_trainer.utils.trained import Trained
 from torch import nn
 from training import Bench

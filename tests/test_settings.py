@@ -9,9 +9,8 @@ from diffusion_trainer.scripts import examples
 from diffusion_trainer.utils.config import SettingsError, write_toml
 from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
 from diffusion_trainer.utils.environment import Environment
+from diffusion_trainer.utils.observation_settings import EvalDataset, Sampling
 from diffusion_trainer.utils.settings import (
-    EvalDataset,
-    Sampling,
     TrainSettings,
     as_toml,
     family_of,

@@ -19,10 +19,10 @@ from diffusers import (
 from diffusion_trainer.models.base import Example, SampleRequest
 from diffusion_trainer.models.wan import Wan
 from diffusion_trainer.utils.adapted import adapted_layers
+from diffusion_trainer.utils.adapter_settings import Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.run_folder import RunFolder
-from diffusion_trainer.utils.settings import Lora
 from PIL import Image
 from safetensors.torch import save_file
 from test_training import assert_same

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.base import Batch, Layer
 from .checkpointing import MIN_BYTES, ROUNDING, Checkpointing
+from .device_settings import ActivationCheckpointing
 from .gradients import Gradients
 from .losses import loss_for
-from .settings import ActivationCheckpointing, TrainSettings
+from .settings import TrainSettings
 
 META = torch.device("meta")
 Tensors = tuple[Tensor, ...]

@@ -16,12 +16,12 @@ from ..models.base import Family
 from .adapted import Adapted, Together, adapted_layers, shapes_of
 from .adapter_files import Addition, read_additions
 from .adapter_layers import Adapter, Loha, Lokr, Lora, Shape
+from .adapter_settings import AdapterTable
+from .adapter_settings import Lokr as LokrTable
+from .adapter_settings import Lora as LoraTable
 from .config import SettingsError
 from .finetune import rate_of
 from .randomness import generator
-from .settings import AdapterTable
-from .settings import Lokr as LokrTable
-from .settings import Lora as LoraTable
 
 logger = logging.getLogger(__name__)
 KINDS: dict[str, type[Adapter]] = {"lora": Lora, "loha": Loha, "lokr": Lokr}

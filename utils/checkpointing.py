@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from .device_settings import ActivationCheckpointing
 from .offload import Lane, main_memory
-from .settings import ActivationCheckpointing
 
 MIN_BYTES = 2**20
 """Inputs below this size stay on the GPU."""

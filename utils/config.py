@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -203,6 +204,15 @@ def _message(problem: dict[str, Any], keys: list[str], owner: type[BaseModel] | 
     if kind == "value_error":
         return str(context["error"])
     return f"{problem['msg'][:1].lower()}{problem['msg'][1:]}, got {value!r}"
+
+
+def bad_pattern(pattern: str) -> str:
+    """What is wrong with a regular expression; empty when nothing is."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"'{pattern}' is not a regular expression ({error})"
+    return ""
 
 
 def read_toml(path: Path) -> dict[str, Any]:

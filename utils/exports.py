@@ -12,10 +12,11 @@ import torch
 
 from ..models.base import Family
 from .adapted import Adapted
+from .adapter_settings import AdapterTable
 from .adapters import export_tensors, rank_and_alpha
 from .checkpoint import export_adapter, export_model
 from .run_folder import RunFolder
-from .settings import AdapterTable, TrainSettings
+from .settings import TrainSettings
 from .trained import Trained
 from .world import World
 

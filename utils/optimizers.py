@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import SettingsError
 from .finetune import rate_of
-from .settings import Optimizer
+from .step_settings import Optimizer
 
 KAHAN = ("adamw_optimi", "stableadamw", "adamw8bitkahan", "automagic", "genericoptim")
 """Types whose optimizers keep what bfloat16 weights lose in a sum."""

@@ -27,7 +27,7 @@ from .config import SettingsError
 from .index import Index, Media, stamp_of
 from .live import Live
 from .media import Source
-from .settings import Sampling
+from .observation_settings import Sampling
 from .world import World
 
 logger = logging.getLogger(__name__)
