@@ -1,5 +1,6 @@
 """The settings of a run: what old files hold is taken, what cannot be is refused by name."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -152,3 +153,12 @@ def test_every_option_is_described():
         if not field.description and name not in nested
     ]
     assert bare == []
+
+
+def test_groups_of_options_hide_nothing_of_each_other():
+    """pydantic knows checks by their name, so two groups with a check of one name would lose one of them."""
+    groups = TrainSettings.__bases__
+    checks = [name for table in (TrainSettings, *groups) for name in vars(table) if re.match("_[a-z]", name)]
+    names = [name for name in checks if name != "_abc_impl"] + [key for group in groups for key in group.model_fields]
+    assert {"_micro_batch", "_eval_micro_batch", "epochs", "loss"} <= set(names)
+    assert [name for name in names if names.count(name) > 1] == []

@@ -73,16 +73,16 @@ class Evaluation(Table):
 
     @field_validator(*(f"eval_every_n_{unit}" for unit in ("epochs", "steps", "examples")), mode="before")
     @classmethod
-    def _zero_is_never(cls, value: Any) -> Any:
+    def _zero_measures_never(cls, value: Any) -> Any:
         return None if value == 0 else value
 
     @field_validator("eval_micro_batch_size_per_gpu", "eval_image_micro_batch_size_per_gpu")
     @classmethod
-    def _micro_batch(cls, value: MicroBatch | None) -> MicroBatch | None:
+    def _eval_micro_batch(cls, value: MicroBatch | None) -> MicroBatch | None:
         return checked_micro_batch(value)
 
     @model_validator(mode="after")
-    def _names(self) -> Evaluation:
+    def _distinct_names(self) -> Evaluation:
         names = [dataset.name for dataset in self.eval_datasets]
         for number, dataset in enumerate(self.eval_datasets, 1):
             if names.count(dataset.name) > 1:

@@ -57,5 +57,5 @@ class Saving(Table):
         *(f"checkpoint_every_n_{unit}" for unit in ("epochs", "steps", "minutes")), mode="before",
     )  # fmt: skip
     @classmethod
-    def _zero_is_never(cls, value: Any) -> Any:
+    def _zero_saves_never(cls, value: Any) -> Any:
         return None if value == 0 else value
