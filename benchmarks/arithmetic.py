@@ -48,7 +48,7 @@ class StepProfile:
     """Kernels of a training's last steps."""
 
     STEPS = 2
-    _APART = ("adam", "multi_tensor", "memcpy", "memset")
+    _APART = ("adam", "multi_tensor", "memcpy", "memset", "nccl")
 
     def __init__(self, num_steps: int) -> None:
         import torch

@@ -3,6 +3,7 @@ of a training at real size, without model files.
 
     python benchmarks/train_step.py [--width 1024 --height 1024 --batch 1 --rank 16 --steps 20] [setting ...]
     python benchmarks/train_step.py --family wan-14b --width 832 --height 480 --frames 81 [setting ...]
+    python benchmarks/train_step.py --gpus 2 [setting ...]
 
 Weights are random and made on the GPU; latents and embeddings are random and come through the trainer's
 own loader. Everything else is what ``train.py`` does: loader, engine, optimizer, curves, status file.
@@ -26,7 +27,7 @@ from arithmetic import StepProfile, step_flops, utilisation
 from subjects import SUBJECTS, Size, Subject
 
 ROOT = Path(__file__).resolve().parent.parent
-NUMBERS = {"width": 1024, "height": 1024, "frames": 1, "batch": 1, "rank": 16, "steps": 20}
+NUMBERS = {"width": 1024, "height": 1024, "frames": 1, "batch": 1, "rank": 16, "steps": 20, "gpus": 1}
 """Options of the command, and their defaults."""
 MIN_STEPS = 8
 
@@ -88,14 +89,17 @@ def train_table(arguments: argparse.Namespace, subject: Subject, changes: dict[s
     return values
 
 
-def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder: Path) -> Any:
-    """A trainer whose model and data are random; on a GPU it has a ``profile`` of its last steps."""
+def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], world: Any, folder: Path) -> Any:
+    """A trainer whose model and data are random; on a GPU it has a ``profile`` of its last steps.
+
+    Args:
+        folder: The same on all ranks, as the processes of ``world`` are called.
+    """
     from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
     from diffusion_trainer.utils.preparation import Data
     from diffusion_trainer.utils.run_folder import RunFolder
     from diffusion_trainer.utils.settings import parse_train_settings
     from diffusion_trainer.utils.trainer import Trainer, prepare_folder
-    from diffusion_trainer.utils.world import join_world
 
     class Benchmark(Trainer):
         profile: StepProfile | None = None
@@ -106,13 +110,13 @@ def make_trainer(arguments: argparse.Namespace, changes: dict[str, Any], folder:
                 model.engine.train_batch = self.profile.around(model.engine.train_batch)
             return model
 
-    world = join_world()
     size = Size(arguments.width, arguments.height, arguments.frames, arguments.small)
     subject = SUBJECTS[arguments.family](size, world.device)
     settings = parse_train_settings(train_table(arguments, subject, changes, folder))
     dataset = parse_dataset_settings({"directory": [{"path": "/nowhere"}]})
-    run = RunFolder.create(folder)
-    prepare_folder(settings, dataset, run)
+    run = RunFolder(world.share(RunFolder.create(folder).path if world.rank == 0 else None))
+    if world.rank == 0:
+        prepare_folder(settings, dataset, run)
     trainer = Benchmark(settings, dataset, world, run)
     trainer.family = subject.family(settings.model)
     trainer.preparation.run = lambda: Data(random_cache(subject, size), {}, {}, [])
@@ -130,41 +134,55 @@ def read_steps(run: Path) -> list[float]:
 
 
 def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
-    """Runs one setting in this process."""
+    """Runs one setting in this process, which may be one of several; memory is that of the fullest GPU."""
     import torch
 
     load_package()
+    from diffusion_trainer.utils.world import join_world
+
+    world = join_world()
     changes = dict(pair.split("=", 1) for pair in setting.split(",") if pair)
     changes = {key: tomllib.loads(f"v = {value}")["v"] for key, value in changes.items()}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(arguments, changes, Path(folder))
+        trainer = make_trainer(arguments, changes, world, Path(world.share(folder)))
         trainer.run()
         seconds = read_steps(trainer.folder.path)[max(3, arguments.steps // 3) : -StepProfile.STEPS]
+        world.barrier()
     cuda = torch.cuda.is_available()
+    samples = trainer.preparation.run().train.samples
     row = {
         "setting": setting or "default",
         "seconds": sum(seconds) / len(seconds),
         "median": sorted(seconds)[len(seconds) // 2],
         "loss": trainer.control.status.loss,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "planned": max(world.gather(trainer._planned(samples))) / 2**30,
     }
-    pixels = (arguments.width, arguments.height, arguments.frames)
-    flops = step_flops(trainer.family, pixels, arguments.batch, trainer.settings.adapter is not None)
-    row["planned"] = trainer._planned(trainer.preparation.run().train.samples) / 2**30
-    row |= {"tflop": flops / 1e12, "used": utilisation(flops, row["median"], row["device"])}
+    batch = trainer._global_batch(samples[0].bucket)
+    flops = step_flops(
+        trainer.family,
+        (arguments.width, arguments.height, arguments.frames),
+        batch,
+        trainer.settings.adapter is not None,
+    )
+    used = utilisation(flops / world.size, row["median"], row["device"])
+    row |= {"tflop": flops / 1e12, "used": used, "samples": batch / row["median"]}
     if cuda:
-        row |= {"peak": torch.cuda.max_memory_allocated() / 2**30, "reserved": torch.cuda.max_memory_reserved() / 2**30}
+        row["peak"] = max(world.gather(torch.cuda.max_memory_allocated())) / 2**30
+        row["reserved"] = max(world.gather(torch.cuda.max_memory_reserved())) / 2**30
         row["outside"] = trainer.profile.outside()
-    if cuda and arguments.profile:
+    if cuda and arguments.profile and world.rank == 0:
         for milliseconds, count, name in trainer.profile.rows()[:60]:
             print(f"{milliseconds:8.2f} ms {count:5} x  {name[:90]}", file=sys.stderr)
-    return row
+    world.leave()
+    return row if world.rank == 0 else {}
 
 
 COLUMNS = {
-    "seconds": ("s/step", "8.3f"), "median": ("median", "8.3f"), "peak": ("peak GiB", "9.1f"),
-    "planned": ("planned", "8.1f"), "reserved": ("reserved", "9.1f"), "tflop": ("TFLOP", "8.4g"),
-    "used": ("of peak", "8.0%"), "outside": ("outside", "8.1%"), "loss": ("loss", "8.4f"), "setting": (" setting", ""),
+    "seconds": ("s/step", "8.3f"), "median": ("median", "8.3f"), "samples": ("sample/s", "8.3f"),
+    "peak": ("peak GiB", "9.1f"), "planned": ("planned", "8.1f"), "reserved": ("reserved", "9.1f"),
+    "tflop": ("TFLOP", "8.4g"), "used": ("of peak", "8.0%"), "outside": ("outside", "8.1%"),
+    "loss": ("loss", "8.4f"), "setting": (" setting", ""),
 }  # fmt: skip
 """Of the table: heading and format by value. What was not measured is left blank."""
 
@@ -197,13 +215,17 @@ def main() -> None:
     if arguments.steps < MIN_STEPS:
         parser.error(f"--steps must be at least {MIN_STEPS}: the first three and the last two are not timed")
     if arguments.one:
-        print(json.dumps(measure(arguments, arguments.settings[0])))
+        row = measure(arguments, arguments.settings[0])
+        if row:
+            print(json.dumps(row))
         return
     print(line({}), flush=True)
     flags = [f"--{name}={getattr(arguments, name)}" for name in ("family", *NUMBERS)]
     for setting in arguments.settings:
         switches = [f"--{name}" for name in ("small", "profile") if getattr(arguments, name)]
-        command = [sys.executable, __file__, "--one", *flags, *switches, "--", setting]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.gpus}"]
+        start = [sys.executable, *(launcher if arguments.gpus > 1 else [])]
+        command = [*start, __file__, "--one", *flags, *switches, "--", setting]
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
