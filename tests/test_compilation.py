@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
+from diffusion_trainer.utils.compilation import compile_modules
 from PIL import Image
 from training import Bench
 
@@ -53,10 +55,23 @@ def test_further_buckets_compile_nothing(family: str, tmp_path: Path) -> None:
     assert len(plain) == 2 * len(SIZES)
     assert compiled == pytest.approx(plain, rel=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    if family == "sdxl":  # its layers see many widths and heights, and do compile anew for some
-        return
     bench.train(dataset=write_sizes(bench, OTHERS), compile=True, **changes)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+@needs_compiler
+def test_further_sizes_of_a_convolution_compile_nothing() -> None:
+    module = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=16, groups=4)
+    compile_modules([module])
+    graphs = []
+    for height, width in [(8, 8), (12, 16), (8, 12), (16, 16), (10, 14), (24, 16), (4, 4)]:
+        x, emb = torch.randn(1, 8, height, width, requires_grad=True), torch.randn(1, 16)
+        found, wanted = module(x, emb), module.forward(x, emb)
+        torch.testing.assert_close(found, wanted)
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)]
+        torch.testing.assert_close(*gradients)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("backward", [False, True])

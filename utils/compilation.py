@@ -31,10 +31,37 @@ def compile_modules(modules: Iterable[nn.Module], memory_budget: float | None = 
     functorch.activation_memory_budget = 1.0 if memory_budget is None else memory_budget
     if hasattr(functorch, "force_non_lazy_backward_lowering"):
         functorch.force_non_lazy_backward_lowering = True  # else the backward pass would fail when it is too late
+    _keep_sizes_variable()
+    # On a CPU torch would turn variable sizes to channels-last, and fix them by the strides that it keeps
+    options: dict[str, Any] | None = None if torch.cuda.is_available() else {"layout_optimization": False}
     all_of_them = list(modules)
     for module in all_of_them:
-        module.compile()
+        module.compile(options=options)
         module._compiled_call_impl = _Guarded(module, all_of_them)
+
+
+def _keep_sizes_variable() -> None:
+    """Lets convolutions of variable height and width go backward through the library.
+
+    torch 2.13 fixes the sizes of a convolution before it looks for Triton kernels of its backward pass, so that each
+    size would compile anew. Convolutions of fixed sizes are left to it.
+    """
+    from torch._inductor import lowering
+
+    operator = torch.ops.aten.convolution_backward.default
+    table: dict[Any, Any] = lowering.lowerings
+    known = table.get(operator)
+    if known is None or getattr(known, "_is_fallback_handler", False) or getattr(known, "keeps_sizes", False):
+        return
+    library = lowering.fallback_handler(operator)
+
+    def lower(gradient: Any, value: Any, *rest: Any, **options: Any) -> Any:
+        sizes = (*gradient.get_size(), *value.get_size())
+        is_variable = any(getattr(size, "free_symbols", None) for size in sizes)
+        return (library if is_variable else known)(gradient, value, *rest, **options)
+
+    lower.keeps_sizes = True  # type: ignore[attr-defined]
+    table[operator] = lower
 
 
 class _Guarded:
