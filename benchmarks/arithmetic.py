@@ -84,6 +84,25 @@ class StepProfile:
         ]
         return sorted(rows, reverse=True)
 
+    def gaps(self) -> list[tuple[float, str, str]]:
+        """Milliseconds of a step in which the GPU did nothing, by the kernels before and after; the longest first."""
+        import torch
+
+        events = self._profiler.profiler.kineto_results.events()
+        kernels = sorted(
+            (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
+            for event in events
+            if event.device_type() == torch.autograd.DeviceType.CUDA
+        )
+        idle: dict[tuple[str, str], float] = {}
+        end, last = kernels[0][0], ""
+        for start, stop, name in kernels:
+            if start > end:
+                idle[last, name] = idle.get((last, name), 0.0) + (start - end) / 1e6 / self.STEPS
+            if stop > end:
+                end, last = stop, name
+        return sorted(((milliseconds, *names) for names, milliseconds in idle.items()), reverse=True)
+
     def outside(self) -> float:
         """Share of the time in which no kernel of the model ran: the GPU waited, or the optimizer stepped."""
         inside = sum(ms for ms, _, name in self.rows() if not any(part in name.lower() for part in self._APART))

@@ -174,6 +174,10 @@ def measure(arguments: argparse.Namespace, setting: str) -> dict[str, Any]:
     if cuda and arguments.profile and world.rank == 0:
         for milliseconds, count, name in trainer.profile.rows()[:60]:
             print(f"{milliseconds:8.2f} ms {count:5} x  {name[:90]}", file=sys.stderr)
+        gaps = trainer.profile.gaps()
+        print(f"{sum(gap[0] for gap in gaps):8.2f} ms nothing ran, most of it between", file=sys.stderr)
+        for milliseconds, before, after in gaps[:15]:
+            print(f"{milliseconds:8.2f} ms  {before[:60]}  and  {after[:60]}", file=sys.stderr)
     world.leave()
     return row if world.rank == 0 else {}
 
@@ -208,7 +212,7 @@ def main() -> None:
     parser.add_argument("--family", choices=list(SUBJECTS), default="flux")
     for name, default in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--profile", action="store_true", help="print the kernels of two steps")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of two steps, and where none ran")
     parser.add_argument("--small", action="store_true", help="two blocks of each kind, to try the command itself")
     parser.add_argument("--one", action="store_true", help="run the one setting here and print JSON")
     arguments = parser.parse_args()

@@ -15,20 +15,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 import torch
 from PIL import Image
 
 from ..models.base import Family, SampleRequest
 from .config import SettingsError
+from .imports import lazy
 from .index import Index, Media, stamp_of
 from .live import Live
 from .media import Source
 from .observation_settings import Sampling
 from .world import World
+
+if TYPE_CHECKING:
+    import av
+else:
+    av = lazy("av")  # brings all of ffmpeg, and most families draw no video
 
 logger = logging.getLogger(__name__)
 
