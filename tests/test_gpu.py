@@ -1,6 +1,8 @@
 """The speed features of a GPU change no result."""
 
 import pytest
+import torch
+from diffusion_trainer.utils.graphs import StageGraphs
 from training import Bench, Result
 
 pytestmark = pytest.mark.gpu
@@ -64,3 +66,61 @@ def test_stored_weights_swapped_and_compiled(bench: Bench, name: str) -> None:
     assert stored == pytest.approx(exact, rel=0.15)
     fast = bench.train(model=model, compile=True, blocks_to_swap=100)
     assert fast.curve("loss") == pytest.approx(stored, rel=2e-2)
+
+
+def stage_and_weight() -> tuple:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn(16, 16, device="cuda", generator=generator).requires_grad_()
+    weight.grad = torch.zeros_like(weight)
+
+    def stage(inputs: tuple, labels: tuple) -> tuple:
+        x, through = inputs
+        return torch.tanh(x @ weight) * through + sum(labels), through
+
+    return stage, weight
+
+
+def test_passes_of_a_stage_as_graphs_in_the_order_of_a_pipeline() -> None:
+    """Two micro-batches are under way at a time, of shapes that change, and their values differ."""
+
+    def train(graphs: bool) -> list[torch.Tensor]:
+        stage, weight = stage_and_weight()
+        run, generator = StageGraphs(stage), torch.Generator("cuda").manual_seed(1)
+        under_way: dict[int, tuple] = {}
+        seen = []
+        for number in range(16):
+            rows = 4 + number % 3
+            x, through = torch.randn(2, rows, 16, device="cuda", generator=generator).requires_grad_().unbind()
+            inputs = x.detach().requires_grad_(), through.detach()
+            labels = (torch.full((), float(number), device="cuda"),)
+            grad = torch.randn(rows, 16, device="cuda", generator=generator)
+            if not graphs:
+                run = StageGraphs(stage)  # none has seen anything
+            place = number % 2
+            if place in under_way:
+                passage, of = under_way.pop(place)
+                passage.backward([of])
+                seen += [passage.outputs[0].detach().clone(), passage.inputs[0].grad.clone()]
+            under_way[place] = run(place, inputs, labels), grad
+        assert not graphs or len(run._recorded) == 6
+        return [*seen, weight.grad]
+
+    torch.testing.assert_close(train(True), train(False))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size_per_gpu": 1},
+        {"pipeline_stages": 2, "micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
+        {"pipeline_stages": 2, "cuda_graphs": False},
+        {"pipeline_stages": 2, "compile": True},
+        {"pipeline_stages": 2, "blocks_to_swap": 2},
+    ],
+    ids=["two ranks", "two stages", "two stages without graphs", "two compiled stages", "two stages and swapping"],
+)
+def test_two_gpus_change_nothing(bench: Bench, plain: Result, changes: dict) -> None:
+    result = bench.launch(2, **changes)
+    assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=2e-3)
+    assert result.curve("grad_norm") == pytest.approx(plain.curve("grad_norm"), rel=2e-2)

@@ -37,6 +37,11 @@ class Checkpointing:
         self._random = random
         self._inputs = Inputs(device) if mode == "unsloth" else None
 
+    @property
+    def copies(self) -> bool:
+        """Whether activations wait in main memory."""
+        return self._inputs is not None
+
     def start(self) -> None:
         """A forward pass begins."""
         if self._inputs:

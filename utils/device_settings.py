@@ -76,7 +76,10 @@ class Devices(Table):
         advanced=True,
     )
     cuda_graphs: bool = option(
-        True, "Replay each step as a CUDA graph where that is possible: one pipeline stage, no dropout.", advanced=True
+        True,
+        "Replay each step as CUDA graphs where that is possible: without dropout, and with several pipeline stages "
+        "without what waits in main memory.",
+        advanced=True,
     )
     attention_backend: Literal["auto", "native", "cudnn"] = option(
         "auto", "Attention kernel: torch's own choice, cuDNN's, or the faster one for this GPU.", advanced=True

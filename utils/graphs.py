@@ -1,16 +1,17 @@
-"""CUDA graphs of whole micro-batches: forward, loss and backward replayed without Python.
+"""CUDA graphs of micro-batches: forward, loss and backward replayed without Python.
 
 A transformer with adapters launches thousands of small kernels a step; issuing them one by one from
-Python takes longer than running them. One graph is recorded for each shape of batch, all in one memory
-pool, since only one runs at a time.
+Python takes longer than running them. Where one stage is all, one graph is recorded for each shape of batch, all in
+one memory pool, since only one runs at a time. A stage of several has other micro-batches between the two passes of
+one, so each pass is a graph, and each place of a micro-batch on its way has graphs and a pool of its own.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -78,3 +79,100 @@ class StepGraphs:
             logger.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
             return None
         return _Graph(graph, static, loss)
+
+
+@dataclass
+class Passage:
+    """A micro-batch on its way through a stage, forward already."""
+
+    inputs: Tensors
+    """After `backward` those that require a gradient have it."""
+    outputs: Tensors
+
+    def with_grad(self) -> list[torch.Tensor]:
+        """The outputs for which `backward` wants a gradient."""
+        return [output for output in self.outputs if output.requires_grad]
+
+    def backward(self, grads: Sequence[torch.Tensor]) -> None:
+        """Adds to the gradients of the weights.
+
+        Args:
+            grads: Of `with_grad`.
+        """
+        if grads:
+            torch.autograd.backward(self.with_grad(), list(grads))
+
+
+@dataclass
+class _RecordedPassage(Passage):
+    labels: Tensors
+    grads: list[torch.Tensor]
+    forward: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+    behind: torch.cuda.CUDAGraph = field(default_factory=torch.cuda.CUDAGraph)
+
+    def start(self, inputs: Tensors, labels: Tensors) -> None:
+        """Forward with these values."""
+        with torch.no_grad():
+            for static, value in zip((*self.inputs, *self.labels), (*inputs, *labels), strict=True):
+                static.copy_(value, non_blocking=True)
+        self.forward.replay()
+
+    def backward(self, grads: Sequence[torch.Tensor]) -> None:
+        for static, value in zip(self.grads, grads, strict=True):
+            static.copy_(value, non_blocking=True)
+        if self.grads:
+            self.behind.replay()
+
+
+class StageGraphs:
+    """Runs ``stage(inputs, labels)``, which gives outputs to go backward from, for pipelines of several stages; from
+    the third micro-batch of a shape on as graphs.
+
+    Args:
+        stage: Must do the same work whatever the values are, and add to gradients of weights that exist already.
+    """
+
+    def __init__(self, stage: Callable[[Tensors, Tensors], Tensors]) -> None:
+        self._stage = stage
+        self._recorded: dict[tuple[object, ...], _RecordedPassage] = {}
+        self._pools: dict[int, tuple[int, int]] = {}
+        self._seen: set[tuple[object, ...]] = set()
+        self._working = True
+
+    def __call__(self, place: int, inputs: Tensors, labels: Tensors) -> Passage:
+        """Forward.
+
+        Args:
+            place: Micro-batches that are under way at a time have different ones; there should be few.
+        """
+        shapes = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in (*inputs, *labels))
+        found = self._recorded.get((place, shapes))
+        if found is None and self._working and shapes in self._seen and len(self._recorded) < MAX_SHAPES:
+            found = self._record(place, inputs, labels)
+            if found:
+                self._recorded[place, shapes] = found
+        if found is None:
+            self._seen.add(shapes)
+            return Passage(inputs, self._stage(inputs, labels))
+        found.start(inputs, labels)
+        return found
+
+    def _record(self, place: int, inputs: Tensors, labels: Tensors) -> _RecordedPassage | None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        pool = self._pools.setdefault(place, torch.cuda.graph_pool_handle())
+        static = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
+        passage = _RecordedPassage(static, (), tuple(label.clone() for label in labels), [])
+        try:
+            with torch.cuda.graph(passage.forward, pool=pool, capture_error_mode="thread_local"):
+                passage.outputs = self._stage(static, passage.labels)
+            passage.grads = [torch.zeros_like(output) for output in passage.with_grad()]
+            if passage.grads:
+                with torch.cuda.graph(passage.behind, pool=pool, capture_error_mode="thread_local"):
+                    torch.autograd.backward(passage.with_grad(), passage.grads)
+        except RuntimeError as error:
+            self._working = False
+            self._recorded.clear()
+            logger.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
+            return None
+        return passage

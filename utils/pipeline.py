@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..models.base import Batch, Layer
 from .checkpointing import Checkpointing
 from .compilation import compile_modules
-from .graphs import StepGraphs
+from .graphs import Passage, StageGraphs, StepGraphs, Tensors
 from .offload import BlockSwap
 from .sharding import gathered
 from .trained import Trained
@@ -114,6 +114,11 @@ class Chain(PipelineModule):
     def _block(self, number: int, link: Link, *inputs: torch.Tensor) -> Any:
         return self._checkpointing.run(number, link, inputs)
 
+    @property
+    def copies(self) -> bool:
+        """Whether weights or activations come and go between the device and main memory."""
+        return self.swap is not None or self._checkpointing.copies
+
     def settle(self) -> None:
         """What swapping and checkpointing copy meanwhile is done before work that is issued from now on."""
         self._checkpointing.finish()
@@ -155,12 +160,20 @@ class Engine(PipelineEngine):
     grad_norm: torch.Tensor
     """Length of the last step's gradient before clipping, on the device."""
     _graphs: StepGraphs | None = None
+    _stage_graphs: StageGraphs | None = None
+    _under_way: dict[int, Passage]
+    """By number of the buffer."""
 
     def prepare(self, trained: Trained, world: World, max_norm: float, use_graphs: bool) -> None:
         """What DeepSpeed's constructor has no place for."""
         self.trained, self.control, self.max_norm = trained, world.control, max_norm
-        if use_graphs and self.num_stages == 1 and self.device.type == "cuda":
+        self._under_way = {}
+        if not use_graphs or self.device.type != "cuda":
+            return
+        if self.num_stages == 1:
             self._graphs = StepGraphs(self._micro_step, self.module.forget)
+        elif not self.module.copies:  # copies that run ahead would have to end with each pass
+            self._stage_graphs = StageGraphs(self._stage)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
@@ -251,30 +264,34 @@ class Engine(PipelineEngine):
         if self.is_last_stage():
             self.pipe_buffers["labels"][buffer_id] = self._to_device(labels)
 
+    def _stage(self, inputs: Tensors, labels: Tensors) -> Tensors:
+        """What this stage gives: on the last one, which alone has labels, the loss."""
+        outputs = self.module(inputs)
+        return (self.module.loss_fn(outputs, labels),) if labels else outputs
+
     def _exec_forward_pass(self, buffer_id: int) -> None:
-        outputs = self.module(self.pipe_buffers["inputs"][buffer_id])
-        self.pipe_buffers["outputs"][buffer_id] = outputs
-        if self.is_last_stage():
-            self.loss = self.module.loss_fn(outputs, self.pipe_buffers["labels"][buffer_id])
+        inputs = self.pipe_buffers["inputs"][buffer_id]
+        labels = self.pipe_buffers["labels"][buffer_id] if self.is_last_stage() else ()
+        if self._stage_graphs:  # on the last stage a pass follows the other at once
+            passage = self._stage_graphs(0 if labels else buffer_id, inputs, labels)
+        else:
+            passage = Passage(inputs, self._stage(inputs, labels))
+        self._under_way[buffer_id] = passage
+        self.pipe_buffers["inputs"][buffer_id] = passage.inputs
+        self.pipe_buffers["outputs"][buffer_id] = passage.outputs
+        if labels:
+            loss = passage.outputs[0].detach()
             self.pipe_buffers["outputs"][buffer_id] = None
-            self.fwd_outputs.append(self.loss.detach())
-            self.total_loss = self.loss.detach() + (0 if self.total_loss is None else self.total_loss)
+            self.total_loss = loss + (0 if self.total_loss is None else self.total_loss)
 
     def _exec_backward_pass(self, buffer_id: int) -> None:  # quirk backward
+        passage = self._under_way.pop(buffer_id)
         if self.is_last_stage():
-            if self.loss.requires_grad:
-                (self.loss / self.micro_batches).backward()
-            return
-        pairs = [
-            (t, g) for t, g in zip(self._with_grad(buffer_id), self.grad_layer or [], strict=True) if g is not None
-        ]
-        self.pipe_buffers["outputs"][buffer_id] = None
-        if pairs:
-            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-        self.grad_layer = None
-
-    def _with_grad(self, buffer_id: int) -> list[torch.Tensor]:
-        return [t for t in self.pipe_buffers["outputs"][buffer_id] if t.requires_grad]
+            grads = [torch.full_like(loss, 1 / self.micro_batches) for loss in passage.with_grad()]
+        else:
+            grads = self.grad_layer or []
+        self.pipe_buffers["outputs"][buffer_id] = self.grad_layer = None
+        passage.backward(grads)
 
     def _exec_send_activations(self, buffer_id: int) -> None:  # quirk buffers
         outputs = self.pipe_buffers["outputs"][buffer_id]
@@ -310,7 +327,7 @@ class Engine(PipelineEngine):
 
     def _exec_recv_grads(self, buffer_id: int) -> None:
         source = self.grid.stage_to_global(self.next_stage)
-        grads = [torch.empty_like(tensor) for tensor in self._with_grad(buffer_id)]
+        grads = [torch.empty_like(tensor) for tensor in self._under_way[buffer_id].with_grad()]
         for grad in grads:
             dist.recv(grad, source)
         self.grad_layer = grads

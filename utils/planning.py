@@ -135,7 +135,16 @@ class _Planner:
         under_way = min(s.pipeline_stages - number, s.gradient_accumulation_steps)
         messages = activations.received * under_way + activations.sent
         moved = {"activations": activations.moved * under_way} if activations.moved else {}
-        return Memory(footprint, activations.of(under_way) - messages, messages, {**footprint.main, **moved})
+        # each place of a recorded stage has memory of its own
+        work = activations.of(1) * under_way if self._recorded and s.pipeline_stages > 1 else activations.of(under_way)
+        return Memory(footprint, work - messages, messages, {**footprint.main, **moved})
+
+    @property
+    def _recorded(self) -> bool:
+        """Whether steps run as CUDA graphs, whose memory stays."""
+        s = self.settings
+        copies = s.blocks_to_swap or s.activation_checkpointing == "unsloth"
+        return s.cuda_graphs and s.zero_stage < 2 and not (copies and s.pipeline_stages > 1)
 
     def drawing(self, plan: Plan) -> float:
         """Bytes on a GPU while samples are drawn."""
@@ -154,9 +163,8 @@ class _Planner:
 
     def _while_drawing(self, memory: Memory) -> float:
         s = self.settings
-        recorded = s.cuda_graphs and s.pipeline_stages == 1 and not s.zero_stage >= 2  # their memory stays
         weights_before = memory.stays.stepped if s.ema_decay and s.ema_for_samples else 0.0
-        return memory.stays.total + weights_before + (memory.activations if recorded else 0.0) + OVERHEAD
+        return memory.stays.total + weights_before + (memory.activations if self._recorded else 0.0) + OVERHEAD
 
 
 def make_plan(
