@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -104,6 +106,17 @@ class Passage:
 
 
 @dataclass
+class _PassageAside(Passage):
+    aside: Callable[[], AbstractContextManager[None]]
+    done: Callable[[], None]
+
+    def backward(self, grads: Sequence[torch.Tensor]) -> None:
+        with self.aside():
+            super().backward(grads)
+        self.done()
+
+
+@dataclass
 class _RecordedPassage(Passage):
     labels: Tensors
     grads: list[torch.Tensor]
@@ -125,8 +138,8 @@ class _RecordedPassage(Passage):
 
 
 class StageGraphs:
-    """Runs ``stage(inputs, labels)``, which gives outputs to go backward from, for pipelines of several stages; from
-    the third micro-batch of a shape on as graphs.
+    """Runs ``stage(inputs, labels)``, which gives outputs to go backward from, for pipelines of several stages; as
+    graphs once a micro-batch of the shape has gone both ways.
 
     Args:
         stage: Must do the same work whatever the values are, and add to gradients of weights that exist already.
@@ -134,6 +147,9 @@ class StageGraphs:
 
     def __init__(self, stage: Callable[[Tensors, Tensors], Tensors]) -> None:
         self._stage = stage
+        # Where gradients of weights are summed follows the pass that is under way the longest, so all of them run in
+        # the stream of the recordings; else a recording would depend on work outside of it.
+        self._stream = torch.cuda.Stream()
         self._recorded: dict[tuple[object, ...], _RecordedPassage] = {}
         self._pools: dict[int, tuple[int, int]] = {}
         self._seen: set[tuple[object, ...]] = set()
@@ -152,10 +168,19 @@ class StageGraphs:
             if found:
                 self._recorded[place, shapes] = found
         if found is None:
-            self._seen.add(shapes)
-            return Passage(inputs, self._stage(inputs, labels))
+            with self._aside():  # both passes once, as they compile kernels and set libraries up
+                return _PassageAside(inputs, self._stage(inputs, labels), self._aside, partial(self._seen.add, shapes))
         found.start(inputs, labels)
         return found
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What runs within begins after, and ends before, what the current stream is given."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
 
     def _record(self, place: int, inputs: Tensors, labels: Tensors) -> _RecordedPassage | None:
         gc.collect()
@@ -163,12 +188,13 @@ class StageGraphs:
         pool = self._pools.setdefault(place, torch.cuda.graph_pool_handle())
         static = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
         passage = _RecordedPassage(static, (), tuple(label.clone() for label in labels), [])
+        recording = partial(torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(passage.forward, pool=pool, capture_error_mode="thread_local"):
+            with recording(passage.forward):
                 passage.outputs = self._stage(static, passage.labels)
             passage.grads = [torch.zeros_like(output) for output in passage.with_grad()]
             if passage.grads:
-                with torch.cuda.graph(passage.behind, pool=pool, capture_error_mode="thread_local"):
+                with recording(passage.behind):
                     torch.autograd.backward(passage.with_grad(), passage.grads)
         except RuntimeError as error:
             self._working = False

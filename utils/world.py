@@ -110,6 +110,8 @@ def join_world() -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         _switch_off_what_gpus_lack()
+        # Stages send and receive in the same order, so that one queue for both is enough.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     else:  # ranks share the cores instead of each starting a thread on all of them
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local()))
     watch = threading.Timer(JOIN_SECONDS, _give_up)  # the wait below has the timeout of all later ones
