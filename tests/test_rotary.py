@@ -183,7 +183,7 @@ def test_a_compiled_block_is_one_graph(kind: int, monkeypatch: pytest.MonkeyPatc
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bfloat16 off, unrounded
 @pytest.mark.parametrize("has_weights", [True, False])
 @pytest.mark.parametrize("is_strided", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
