@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Found out at the import, because torch.compile traces what calls `is_fused`."""
-LARGEST_HEAD = 256
-"""Features; a head lies in the registers of a part of a warp."""
+WIDTHS = (16, 32, 64, 128, 256)
+"""Features of a head for which there are kernels."""
 
 
 def is_fused(x: Tensor, head_dim: int, weights: Sequence[Tensor | None], cos_TD: Tensor, sin_TD: Tensor) -> bool:
@@ -35,7 +35,7 @@ def is_fused(x: Tensor, head_dim: int, weights: Sequence[Tensor | None], cos_TD:
         HAS_TRITON
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16)
-        and head_dim in (16, 32, 64, 128, LARGEST_HEAD)
+        and head_dim in WIDTHS
         and all(weight is None or (weight.dtype == x.dtype and not weight.requires_grad) for weight in weights)
         and all(angle.dtype == torch.float32 and not angle.requires_grad for angle in (cos_TD, sin_TD))
     )
@@ -57,7 +57,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def _has_kernels(parts: Sequence[Tensor]) -> bool:
-    return HAS_TRITON and parts[0].is_cuda
+    return HAS_TRITON and parts[0].is_cuda and parts[0].shape[-1] in WIDTHS
 
 
 @torch.library.custom_op("diffusion_trainer::norm_rotate", mutates_args=())

@@ -133,7 +133,7 @@ def _norm_rotate(x, weight, cos, sin, out, tokens, heads, x_n, x_t, x_h, out_n, 
     blocks = tl.cdiv(heads, HEADS)
     row = tl.program_id(0) // blocks
     n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    head = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
     at, inside = tl.arange(0, D)[None, :], head < heads
     value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
     cosine, sine = _for_each(cos + t * D, inside, HEADS, D), _for_each(sin + t * D, inside, HEADS, D)
@@ -152,7 +152,7 @@ def _norm_rotate_backward(grad, x, weight, cos, sin, out, tokens, heads, grad_n,
     blocks = tl.cdiv(heads, HEADS)
     row = tl.program_id(0) // blocks
     n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    head = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
     at, inside = tl.arange(0, D)[None, :], head < heads
     value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + n * grad_n + t * grad_t + head * grad_h + at, mask=inside, other=0.0).to(tl.float32)
