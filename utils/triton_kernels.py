@@ -1,6 +1,11 @@
-"""Triton kernels for quantised weights and activations; each passes over its data once. `kernels` says the shapes."""
+"""Triton kernels, each of which passes over its data once.
+
+They quantise weights and activations (`kernels` says the shapes), and normalise and rotate queries and keys (`rotary`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -106,3 +111,107 @@ def rescale(
 def _warps(block: int) -> int:
     """For about 16 values in each thread."""
     return min(32, max(1, block // 512))
+
+
+@triton.jit
+def _turned(x, HEADS: tl.constexpr, D: tl.constexpr):
+    """Each pair (a, b) of a row as (-b, a); a thread holds whole pairs, so that no value changes its thread."""
+    first, second = tl.split(tl.reshape(x, (HEADS, D // 2, 2)))
+    return tl.reshape(tl.join(-second, first), (HEADS, D))
+
+
+@triton.jit
+def _for_each(row, inside, HEADS: tl.constexpr, D: tl.constexpr):
+    """A row of D once for each head: from the cache to where the values lie, which one row would reach by barriers."""
+    at = tl.arange(0, D)[None, :]
+    return tl.load(tl.broadcast_to(row + at, (HEADS, D)), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _norm_rotate(x, weight, cos, sin, out, tokens, heads, x_n, x_t, x_h, out_n, out_t, eps,
+                 HAS_WEIGHT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(heads, HEADS)
+    row = tl.program_id(0) // blocks
+    n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
+    at, inside = tl.arange(0, D)[None, :], head < heads
+    value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
+    cosine, sine = _for_each(cos + t * D, inside, HEADS, D), _for_each(sin + t * D, inside, HEADS, D)
+    factor = tl.rsqrt(tl.sum(value * value, axis=1) / D + eps)[:, None]
+    value *= factor
+    if HAS_WEIGHT:
+        value *= _for_each(weight, inside, HEADS, D)
+    value = value.to(x.dtype.element_ty).to(tl.float32)
+    value = value * cosine + _turned(value, HEADS, D) * sine
+    tl.store(out + n * out_n + t * out_t + head * D + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rotate_backward(grad, x, weight, cos, sin, out, tokens, heads, grad_n, grad_t, grad_h, x_n, x_t, x_h, eps,
+                          HAS_WEIGHT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    blocks = tl.cdiv(heads, HEADS)
+    row = tl.program_id(0) // blocks
+    n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
+    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
+    at, inside = tl.arange(0, D)[None, :], head < heads
+    value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(grad + n * grad_n + t * grad_t + head * grad_h + at, mask=inside, other=0.0).to(tl.float32)
+    cosine, sine = _for_each(cos + t * D, inside, HEADS, D), _for_each(sin + t * D, inside, HEADS, D)
+    slope = slope * cosine - _turned(slope * sine, HEADS, D)
+    if HAS_WEIGHT:
+        slope *= _for_each(weight, inside, HEADS, D)
+    factor = tl.rsqrt(tl.sum(value * value, axis=1) / D + eps)[:, None]
+    value *= factor
+    slope = factor * (slope - value * (tl.sum(slope * value, axis=1) / D)[:, None])
+    place = (row.to(tl.int64) * heads + head) * D + at
+    tl.store(out + place, slope.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_rotate(
+    parts: Sequence[Tensor], weights: Sequence[Tensor | None], cos_TD: Tensor, sin_TD: Tensor, eps: float
+) -> Tensor:
+    """As `rotary.norm_rotate`; a program has some heads of one token."""
+    n, _, h, d = parts[0].shape
+    out_NTHD = parts[0].new_empty(n, len(cos_TD), h, d)
+    begin = 0
+    for part, weight in zip(parts, weights, strict=True):
+        part, end = _rows(part), begin + part.shape[1]
+        heads, warps = _heads(h, d)
+        of_part = cos_TD[begin:end].contiguous(), sin_TD[begin:end].contiguous(), out_NTHD[:, begin:end]
+        _norm_rotate[(n * part.shape[1] * triton.cdiv(h, heads),)](
+            part, part if weight is None else weight, *of_part, part.shape[1], h, *part.stride()[:3],
+            *out_NTHD.stride()[:2], eps, HAS_WEIGHT=weight is not None, HEADS=heads, D=d, num_warps=warps,
+        )  # fmt: skip
+        begin = end
+    return out_NTHD
+
+
+def norm_rotate_backward(
+    grad_NTHD: Tensor, parts: Sequence[Tensor], weights: Sequence[Tensor | None], cos_TD: Tensor, sin_TD: Tensor,
+    eps: float,
+) -> list[Tensor]:  # fmt: skip
+    """As `rotary.norm_rotate_backward`."""
+    grad_NTHD, begin, grads = _rows(grad_NTHD), 0, []
+    for part, weight in zip(parts, weights, strict=True):
+        part, end, out = _rows(part), begin + part.shape[1], part.new_empty(part.shape)
+        (n, tokens, h, d), slope = part.shape, grad_NTHD[:, begin:end]
+        heads, warps = _heads(h, d)
+        _norm_rotate_backward[(n * tokens * triton.cdiv(h, heads),)](
+            slope, part, part if weight is None else weight, cos_TD[begin:end].contiguous(),
+            sin_TD[begin:end].contiguous(), out, tokens, h, *slope.stride()[:3], *part.stride()[:3], eps,
+            HAS_WEIGHT=weight is not None, HEADS=heads, D=d, num_warps=warps,
+        )  # fmt: skip
+        grads.append(out)
+        begin = end
+    return grads
+
+
+def _rows(x_NTHD: Tensor) -> Tensor:
+    """With the features of a head side by side; the other strides are free."""
+    return x_NTHD if x_NTHD.stride(-1) == 1 else x_NTHD.contiguous()
+
+
+def _heads(heads: int, width: int) -> tuple[int, int]:
+    """How many heads a program has, and its warps: each thread loads 8 values, 16 bytes of bfloat16."""
+    heads = min(triton.next_power_of_2(heads), max(1, 1024 // width))
+    return heads, max(1, heads * width // 256)
