@@ -25,7 +25,7 @@ class Recomputed:
         self.at = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.others = [None if isinstance(value, Tensor) else value for value in values]
         start = torch.empty(0, requires_grad=True)  # makes autograd keep the inputs, by its own rules
-        self.inputs: Any = _Held.apply(start, *(values[index] for index in self.at)).grad_fn
+        self.inputs: Any = _Held.apply(start, *(values[index] for index in self.at))
         self.sizes: list[tuple[Any, torch.dtype]] = []
         self.again: list[tuple[Tensor, int] | None] | None = None
 
@@ -55,7 +55,8 @@ class Recomputed:
 
     def _compute_again(self) -> None:
         values, num_args = self.others, len(self.others) - len(self.names)
-        for index, value in zip(self.at, self.inputs.saved_tensors, strict=True):
+        # Its node holds them as long as the result lives, before torch 2.13 no longer
+        for index, value in zip(self.at, self.inputs.grad_fn.saved_tensors, strict=True):
             values[index] = value
         self.again = []
         with torch.enable_grad(), saved_tensors_hooks(self._keep, _never), suppress(_Enough):
