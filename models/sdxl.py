@@ -45,6 +45,7 @@ from .clip import (
     to_open_clip,
     write_clip_tokenizer,
 )
+from .clip_layers import Tensors, proper, text_layers
 from .files import fingerprint, in_comfyui, read_json, require_path, write_json
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ SAMPLING_SCHEDULE: dict[str, Any] = {**NOISE_SCHEDULE, "steps_offset": 1, "times
 VAE_SCALING = 0.13025
 LARGEST_SNR = 1000.0
 """Signal-to-noise ratio above which all times are weighed alike by the debiased loss."""
+PLACES = {"clip_l": 4, "clip_g": 5}
+"""Where the tokens, then the states, of each encoder are in the tuple: x_t, t, sizes, seen, first, second, pooled."""
 NO_EFFECT = "Accepted from older files: SDXL trains all its noise levels alike."
 
 
@@ -362,7 +365,7 @@ class SDXL(Family):
         pieces_P1L = torch.cat(list(tokens))[:, None].to(device)
         values: Tensors = (pieces_P1L,) * (PLACES[name] + 1)
         with torch.no_grad():
-            for layer in _text_layers(model, name):
+            for layer in self._text_layers(name, model):
                 values = layer.forward(SimpleNamespace(**layer.submodules), *values)
         counts = [len(pieces) for pieces in tokens]
         embeds = [part.flatten(0, 1).to(self.dtype) for part in values[PLACES[name]].split(counts)]
@@ -407,7 +410,7 @@ class SDXL(Family):
         for name in self.trained:
             model = self._build_text_model(name)
             if name == "clip_l":  # nobody looks at what its last layer gives
-                body = _body(model)
+                body = proper(model)
                 del body.encoder.layers[-1]
                 body.final_layer_norm = nn.Identity()
             denoiser[COMPONENTS[name].folder] = model
@@ -425,8 +428,11 @@ class SDXL(Family):
     def layers(self, denoiser: Any) -> list[Layer]:
         layers = []
         for name in self.trained:
-            layers += _text_layers(denoiser[COMPONENTS[name].folder], name)
+            layers += self._text_layers(name, denoiser[COMPONENTS[name].folder])
         return layers + unet.layers(denoiser["unet"])
+
+    def _text_layers(self, name: str, model: Any) -> list[Layer]:
+        return text_layers(model, COMPONENTS[name].folder, PLACES[name], pools=name == "clip_g")
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -608,7 +614,7 @@ class SDXL(Family):
         if name != "clip_l":
             return live
         whole = self._load_text_model(name, device)
-        body, trained = _body(whole), _body(live)
+        body, trained = proper(whole), proper(live)
         body.embeddings = trained.embeddings
         for index, layer in enumerate(trained.encoder.layers):
             body.encoder.layers[index] = layer
@@ -660,61 +666,6 @@ class SDXL(Family):
         if not checkpoint:
             return {**table, "diffusers_path": str(folder)}
         return {**table, "checkpoint_path": str(_write_checkpoint(folder)), "tokenizer_path": str(folder / "tokenizer")}
-
-
-def _body(model: Any) -> Any:
-    """The encoder proper: with projection, and in some versions of transformers always, it is one level deeper."""
-    return getattr(model, "text_model", model)
-
-
-# -- links of the text encoders -------------------------------------------------------------------------
-
-Tensors = tuple["torch.Tensor", ...]
-PLACES = {"clip_l": 4, "clip_g": 5}
-"""Where the tokens, then the states, of each encoder are in the tuple: x_t, t, sizes, seen, first, second, pooled."""
-
-
-def _text_layers(model: Any, name: str) -> list[Layer]:
-    """The links that compute the penultimate states and, of the second encoder, the pooled text."""
-    body, folder, at = _body(model), COMPONENTS[name].folder, PLACES[name]
-    blocks = list(body.encoder.layers)
-    penultimate = model.config.num_hidden_layers - 1
-    end_token = body.eos_token_id if name == "clip_g" else None
-    embed = partial(_embed_tokens, at=at, end_token=end_token)
-    layers = [Layer(f"{folder}.embeddings", embed, {"embeddings": body.embeddings})]
-    for index, block in enumerate(blocks[:penultimate]):
-        forward = partial(_text_block, at=at)
-        layers.append(Layer(f"{folder}.encoder.layers.{index}", forward, {"block": block}, is_block=True))
-    if name == "clip_g":
-        modules = {"block": blocks[penultimate], "norm": body.final_layer_norm, "projection": model.text_projection}
-        layers.append(Layer(f"{folder}.pool", partial(_pool, at=at), modules, is_block=True))
-    return layers
-
-
-def _embed_tokens(modules: Any, *values: torch.Tensor, at: int, end_token: int | None) -> Tensors:
-    """Tokens (N, pieces, L) become states (N * pieces, L, D); at the end come the places to pool at, if it pools."""
-    tokens_NCL = values[at]
-    values = (*values[:at], modules.embeddings(input_ids=tokens_NCL.flatten(0, 1)), *values[at + 1 :])
-    if end_token is None:
-        return values
-    first_NL = tokens_NCL[:, 0].int()
-    # As transformers has it: 2 stands in old configurations, where the end is the highest token
-    return *values, (first_NL if end_token == 2 else (first_NL == end_token).int()).argmax(-1)
-
-
-def _text_block(modules: Any, *values: torch.Tensor, at: int) -> Tensors:
-    states = modules.block(values[at], attention_mask=None, is_causal=True)
-    return *values[:at], states.contiguous(), *values[at + 1 :]
-
-
-def _pool(modules: Any, *values: torch.Tensor, at: int) -> Tensors:
-    """The last block is for the pooled text alone, and that is of the first piece."""
-    *values_before, ends_N = values
-    count = len(ends_N)
-    first_NLD = values[at].unflatten(0, (count, -1))[:, 0]
-    first_NLD = modules.norm(modules.block(first_NLD, attention_mask=None, is_causal=True))
-    rows = torch.arange(count, device=first_NLD.device)
-    return *values_before, modules.projection(first_NLD[rows, ends_N])
 
 
 # -- miniature --------------------------------------------------------------------------------------------
