@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -151,7 +152,7 @@ class StageGraphs:
         # the stream of the recordings; else a recording would depend on work outside of it.
         self._stream = torch.cuda.Stream()
         self._recorded: dict[tuple[object, ...], _RecordedPassage] = {}
-        self._pools: dict[int, tuple[int, int]] = {}
+        self._pools: dict[int, Any] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._working = True
 
