@@ -55,7 +55,7 @@ class Recomputed:
 
     def _compute_again(self) -> None:
         values, num_args = self.others, len(self.others) - len(self.names)
-        # Its node holds them as long as the result lives, before torch 2.13 no longer
+        # Before torch 2.13 the node keeps them only while its result lives, so that is what is held
         for index, value in zip(self.at, self.inputs.grad_fn.saved_tensors, strict=True):
             values[index] = value
         self.again = []
