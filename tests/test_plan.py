@@ -199,6 +199,19 @@ def test_stages(bench, tmp_path):
     assert verdict(plan, {}, 2**20)[0].startswith("does not fit: training")
 
 
+def test_recorded_stages_have_memory_for_each_micro_batch_under_way(bench, tmp_path):
+    def activations(**changes):
+        settings = {"num_gpus": 2, "pipeline_stages": 2, "gradient_accumulation_steps": 4, **changes}
+        return [stage.memory.activations for stage in planned(bench.model, tmp_path, **settings).stages]
+
+    recorded, usual = activations(), activations(cuda_graphs=False)
+    assert recorded[0] > usual[0]  # two are under way on the first stage, one on the last
+    assert recorded[1] == usual[1]
+    assert activations(activation_checkpointing="unsloth") == activations(
+        activation_checkpointing="unsloth", cuda_graphs=False
+    )
+
+
 def test_drawing_and_encoding_are_planned(bench, tmp_path):
     table = bench.model
     sample = {"prompts": ["a ball"], "width": 64, "height": 64, "frames": 5}

@@ -98,10 +98,12 @@ def test_equals_plain_operations(lengths: tuple[int, ...], is_strided: bool, has
 def test_the_operators_are_well_formed(lengths: tuple[int, ...]) -> None:
     for has_weights in (True, False):
         case = Case(lengths, torch.float32, has_weights=has_weights)
-        torch.library.opcheck(torch.ops.diffusion_trainer.norm_rotate.default, (case.parts, *case.rest))
+        checks = torch.library.opcheck(torch.ops.diffusion_trainer.norm_rotate.default, (case.parts, *case.rest))
+        assert set(checks.values()) == {"SUCCESS"}
         parts = [part.detach() for part in case.parts]
         arguments = (case.grad, parts, *case.rest)
-        torch.library.opcheck(torch.ops.diffusion_trainer.norm_rotate_backward.default, arguments)
+        checks = torch.library.opcheck(torch.ops.diffusion_trainer.norm_rotate_backward.default, arguments)
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 @needs_compiler

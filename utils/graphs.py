@@ -102,8 +102,8 @@ class Passage:
         Args:
             grads: Of `with_grad`.
         """
-        if grads:
-            torch.autograd.backward(self.with_grad(), list(grads))
+        if outputs := self.with_grad():
+            torch.autograd.backward(outputs, list(grads))
 
 
 @dataclass
