@@ -114,6 +114,15 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
+def _place(tokens, heads, HEADS: tl.constexpr):
+    """Sample, token and heads (a column) of this program, in 64 bits."""
+    blocks = tl.cdiv(heads, HEADS)
+    row = tl.program_id(0) // blocks
+    head = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]
+    return (row // tokens).to(tl.int64), (row % tokens).to(tl.int64), head.to(tl.int64)
+
+
+@triton.jit
 def _turned(x, HEADS: tl.constexpr, D: tl.constexpr):
     """Each pair (a, b) of a row as (-b, a); a thread holds whole pairs, so that no value changes its thread."""
     first, second = tl.split(tl.reshape(x, (HEADS, D // 2, 2)))
@@ -130,10 +139,7 @@ def _for_each(row, inside, HEADS: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _norm_rotate(x, weight, cos, sin, out, tokens, heads, x_n, x_t, x_h, out_n, out_t, eps,
                  HAS_WEIGHT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(heads, HEADS)
-    row = tl.program_id(0) // blocks
-    n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
+    n, t, head = _place(tokens, heads, HEADS)
     at, inside = tl.arange(0, D)[None, :], head < heads
     value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
     cosine, sine = _for_each(cos + t * D, inside, HEADS, D), _for_each(sin + t * D, inside, HEADS, D)
@@ -149,10 +155,7 @@ def _norm_rotate(x, weight, cos, sin, out, tokens, heads, x_n, x_t, x_h, out_n, 
 @triton.jit
 def _norm_rotate_backward(grad, x, weight, cos, sin, out, tokens, heads, grad_n, grad_t, grad_h, x_n, x_t, x_h, eps,
                           HAS_WEIGHT: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    blocks = tl.cdiv(heads, HEADS)
-    row = tl.program_id(0) // blocks
-    n, t = (row // tokens).to(tl.int64), (row % tokens).to(tl.int64)
-    head = ((tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
+    n, t, head = _place(tokens, heads, HEADS)
     at, inside = tl.arange(0, D)[None, :], head < heads
     value = tl.load(x + n * x_n + t * x_t + head * x_h + at, mask=inside, other=0.0).to(tl.float32)
     slope = tl.load(grad + n * grad_n + t * grad_t + head * grad_h + at, mask=inside, other=0.0).to(tl.float32)
@@ -163,7 +166,7 @@ def _norm_rotate_backward(grad, x, weight, cos, sin, out, tokens, heads, grad_n,
     factor = tl.rsqrt(tl.sum(value * value, axis=1) / D + eps)[:, None]
     value *= factor
     slope = factor * (slope - value * (tl.sum(slope * value, axis=1) / D)[:, None])
-    place = (row.to(tl.int64) * heads + head) * D + at
+    place = ((n * tokens + t) * heads + head) * D + at
     tl.store(out + place, slope.to(out.dtype.element_ty), mask=inside)
 
 
