@@ -139,4 +139,5 @@ if __name__ == "__main__":
         main(Path(arguments[-1]))
     else:
         base = Path(arguments[0]) if arguments else FOLDER
-        sys.exit(subprocess.run([str(prepare()), __file__, "--inside", str(base.resolve())], check=False).returncode)
+        python = str(prepare(dev=True))  # diffusers loads LoRAs through peft, which training does without
+        sys.exit(subprocess.run([python, __file__, "--inside", str(base.resolve())], check=False).returncode)
