@@ -76,7 +76,9 @@ def make(options: argparse.Namespace, dtype: str, **_: Any) -> Any:
     import torch
 
     kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = mini.make_model(options.family, kind, 1, **sizes(options.family, options.width, options.layers))
+    device = "cuda" if options.gpu else "cpu"
+    shape = sizes(options.family, options.width, options.layers)
+    model = mini.make_model(options.family, kind, 1, random_on=device, **shape)
     model.cached_patcher_init = (make, (options, dtype))
     return model
 
@@ -214,11 +216,12 @@ class Memory:
         self.steps = high - at_mark
 
 
-def checksum(model: Any) -> list[int]:
+def checksum(model: Any, gpu: bool) -> list[int]:
     """Differs when a bit of the weights does."""
     import torch
 
-    return [int(value.detach().cpu().contiguous().view(torch.uint8).long().sum()) + len(value.untyped_storage())
+    device = "cuda" if gpu else "cpu"
+    return [int(value.detach().to(device).contiguous().view(torch.uint8).long().sum()) + len(value.untyped_storage())
             for value in model.model.state_dict().values()]  # fmt: skip
 
 
@@ -229,14 +232,14 @@ def memory_of(name: str, options: argparse.Namespace, setting: dict[str, Any], c
 
     memory = Memory(options.gpu)
     model = make(options, setting["dtype"])
-    before, held = checksum(model), torch.cuda.memory_allocated() if options.gpu else 0
+    before, held = checksum(model, options.gpu), torch.cuda.memory_allocated() if options.gpu else 0
     calls.at.clear()
     calls.first = memory.mark
     with memory.counted(), quiet():
         NODES[name](model, options, setting, 3)
     calls.first = lambda: None
     gc.collect()
-    same = checksum(model) == before
+    same = checksum(model, options.gpu) == before
     del model
     management.unload_all_models()
     gc.collect()

@@ -26,6 +26,8 @@ from .lora_recompute import Recomputed, on_copies
 
 _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
+_GIVES_FLOAT32 = "out_dtype" in (torch.mm.__doc__ or "")
+"""Whether products of bfloat16 come in float32 where they are made, which saves a pass; since torch 2.8, on CUDA."""
 
 
 # -- which layers ----------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ class _Frozen(torch.autograd.Function):
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         if down_RI is None or up_OR is None:
             return output
-        down, up = layer.parts(x.dtype)
+        down, up = layer.factors(x.dtype)
         rows_MI = x.reshape(-1, x.shape[-1])
         inner_RM = down @ rows_MI.t()
         added = output.view(-1, output.shape[-1])
@@ -158,7 +160,7 @@ class _Frozen(torch.autograd.Function):
         if not saved:
             return (layer.input_gradient(grad, ctx.size) if needs_x else None), None, None, None
         rows_MI, inner_RM = saved
-        down, up = layer.parts(ctx.dtype)
+        down, up = layer.factors(ctx.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
         grad_inner_RM = up.t() @ grad_MO.t()
         if layer.scale != 1.0:
@@ -167,10 +169,20 @@ class _Frozen(torch.autograd.Function):
         if needs_x:
             grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
             grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size)
-        grad_up = (inner_RM @ grad_MO).t().to(torch.float32, memory_format=torch.contiguous_format)
+        if grad.is_cuda:
+            grad_up = _product(grad_MO.t(), inner_RM.t())
+        else:
+            grad_up = (inner_RM @ grad_MO).t().to(torch.float32, memory_format=torch.contiguous_format)
         if layer.scale != 1.0:
             grad_up *= layer.scale
-        return grad_x, None, (grad_inner_RM @ rows_MI).float(), grad_up
+        return grad_x, None, _product(grad_inner_RM, rows_MI), grad_up
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """In float32."""
+    if first.is_cuda and first.dtype != torch.float32 and _GIVES_FLOAT32:
+        return torch.mm(first, second, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+    return (first @ second).float()
 
 
 class Layer:
@@ -182,8 +194,10 @@ class Layer:
         fused = isinstance(adapter, Lora) and not shape.kernel
         self.lora: Lora | None = adapter if fused else None  # type: ignore[assignment]
         self.scale = adapter.scale if adapter is not None else 1.0
-        self.usual = not shape.kernel and _is_usual_linear(module)
-        self._parts: tuple[Any, Tensor, Tensor] | None = None
+        self.held: tuple[Tensor, Tensor | None] | None = None
+        """Weight and bias that stay where they are, ready for use; else the module is asked each time."""
+        self.cast: tuple[Tensor, Tensor] | None = None
+        """Both factors of the LoRA, down and up, in the dtype of the computation."""
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What stands in for the module's ``forward``."""
@@ -196,58 +210,92 @@ class Layer:
 
     def output(self, x: Tensor) -> Tensor:
         """What the layer makes of ``x`` without an adapter, as a tensor of its own."""
-        module: Any = self.module
-        ready = (
-            self.usual and self._is_ready(module.weight, x) and (module.bias is None or self._is_ready(module.bias, x))
-        )
-        output: Tensor = F.linear(x, module.weight, module.bias) if ready else self.base(x)
+        held = self.held
+        ready = held is not None and held[0].dtype == x.dtype and held[0].device == x.device
+        if ready:
+            output: Tensor = F.linear(x, *held)  # type: ignore[misc]
+        else:
+            exact = x.dtype == torch.float32 and hasattr(self.module, "quant_format")
+            output = self._dequantised(x) if exact else self.base(x)
         if output._is_view():  # models add to outputs in place, which autograd forbids for views made in here
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
 
-    def _is_ready(self, value: Tensor, x: Tensor) -> bool:
-        module: Any = self.module
-        plain = type(value) is nn.Parameter or type(value) is Tensor
-        functions = getattr(module, "weight_function", None) or getattr(module, "bias_function", None)
-        return plain and value.dtype == x.dtype and value.device == x.device and not functions
+    def _dequantised(self, x: Tensor) -> Tensor:
+        """The output of a quantised layer in float32; its own kernels may round the input, or know no float32."""
+        weight, bias, release = _fetched(self.module, x.dtype, x.device)
+        smoothing = getattr(self.module, "pre_quant_scale", None)
+        output = F.linear(x if smoothing is None else x * smoothing.to(x), _plain(weight, x.dtype), bias)
+        release()
+        return output
 
-    def parts(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both factors of the LoRA in ``dtype``, cast once per step."""
+    def hold(self) -> None:
+        """Keeps the weight at hand, if it is an ordinary one, ready for use, of a layer that computes as usual."""
+        module: Any = self.module
+        if self.shape.kernel or not _is_usual_linear(module):
+            return
+        both = [value for value in (module.weight, module.bias) if value is not None]
+        plain = all(type(value) in (nn.Parameter, Tensor) and value.dtype == both[0].dtype for value in both)
+        if plain and not (getattr(module, "weight_function", None) or getattr(module, "bias_function", None)):
+            self.held = module.weight, module.bias
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of the LoRA in ``dtype``, down and up."""
         assert self.lora is not None
-        down, up = self.lora.down, self.lora.up
-        if down.dtype == dtype:
-            return down.detach(), up.detach()
-        state = down._version, up._version, dtype
-        if self._parts is None or self._parts[0] != state:
-            self._parts = state, down.detach().to(dtype), up.detach().to(dtype)
-        return self._parts[1:]
+        if self.cast is not None and self.cast[0].dtype == dtype:
+            return self.cast
+        return self.lora.down.detach().to(dtype), self.lora.up.detach().to(dtype)
 
-    def weight(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The layer's weight as it takes part in the computation, dequantised if need be."""
+    def weight(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
+        """The layer's weight as it takes part in the computation, dequantised if need be, and what is to be called
+        after its last use."""
         module: Any = self.module
-        plain: Any = getattr(module, "weight", None)
+        plain: Any = self.held[0] if self.held is not None else getattr(module, "weight", None)
         ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
-        if ready and not getattr(module, "weight_function", None):
-            return plain
-        cast = getattr(module, "cast_bias_weight", None)  # GGUF layers have their own
-        if cast is None:
-            import comfy.ops
-
-            cast = partial(comfy.ops.cast_bias_weight, module)
-        weight = cast(dtype=dtype, device=device, bias_dtype=dtype)[0]
-        weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
-        return weight.to(dtype)
+        if ready and (self.held is not None or not getattr(module, "weight_function", None)):
+            return plain, _nothing
+        weight, _, release = _fetched(module, dtype, device)
+        return _plain(weight, dtype), release
 
     def input_gradient(self, grad: Tensor, size: Any) -> Tensor:
         """Gradient of an input of ``size`` from that of the output."""
-        weight = self.weight(grad.dtype, grad.device)
+        weight, release = self.weight(grad.dtype, grad.device)
         if not self.shape.kernel:
             result = grad @ weight
             smoothing = getattr(self.module, "pre_quant_scale", None)  # some quantised layers scale their input
-            return result if smoothing is None else result * smoothing.to(result)
-        dims = len(self.shape.kernel) - 1
-        padding = self.shape.padding
-        return _INPUT_GRADIENTS[dims](size, weight, grad, self.shape.stride, padding, self.shape.dilation)
+            if smoothing is not None:
+                result = result * smoothing.to(result)
+        else:
+            shape = self.shape
+            of_size = _INPUT_GRADIENTS[len(shape.kernel) - 1]
+            result = of_size(size, weight, grad, shape.stride, shape.padding, shape.dilation)
+        release()
+        return result
+
+
+def _nothing() -> None:
+    """Lets go of nothing."""
+
+
+def _plain(weight: Any, dtype: torch.dtype) -> Tensor:
+    """Dequantised, if need be."""
+    quantised = hasattr(weight, "dequantize") and type(weight) is not Tensor
+    plain: Tensor = weight.dequantize() if quantised else weight
+    return plain.to(dtype)
+
+
+def _fetched(module: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensor | None, Callable[[], None]]:
+    """Weight and bias of a layer as ComfyUI brings them to the device, and what tells it that they are not used any
+    more; until then they stay in the way of others."""
+    own = getattr(module, "cast_bias_weight", None)  # GGUF layers have their own
+    if own is not None:
+        return *own(dtype=dtype, device=device, bias_dtype=dtype)[:2], _nothing
+    import comfy.ops as ops
+
+    if not hasattr(ops, "uncast_bias_weight"):  # versions that hold nothing for it
+        return *ops.cast_bias_weight(module, dtype=dtype, device=device, bias_dtype=dtype), _nothing
+    fetched = ops.cast_bias_weight(module, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
+    return *fetched[:2], partial(ops.uncast_bias_weight, module, *fetched)
 
 
 # -- the whole model -------------------------------------------------------------------------------------------
@@ -257,30 +305,51 @@ class Layer:
 def attached(
     model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, *, checkpointing: bool,
     streamed: bool = False,
-) -> Iterator[None]:  # fmt: skip
+) -> Iterator[Callable[[], None]]:  # fmt: skip
     """Inside, the model computes in ``dtype``, takes part in autograd and has the adapters.
 
     Args:
         model: ComfyUI's model, loaded. Outside it is exactly as it was, also after an error.
         checkpointing: Blocks keep only their inputs and compute again in backward.
         streamed: ComfyUI fetches the weights for each layer (dynamic VRAM).
+
+    Yields:
+        What must be called when the adapters' weights have changed.
     """
     with ExitStack() as undo:
         put = partial(_put, undo)
         for module in model.modules():
             _make_usable(module, put, streamed)
         put(model, "manual_cast_dtype", dtype)
+        with_lora = []
         for name, module in layers(model).items():
             shape = shape_of(module)
             assert shape is not None
-            put(module, "forward", Layer(module, shape, adapters.get(name)))
+            layer = Layer(module, shape, adapters.get(name))
+            if not streamed:
+                layer.hold()
+            put(module, "forward", layer)
+            if layer.lora is not None:
+                with_lora.append(layer)
         for module in model.modules():
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
                 put(module, "forward", partial(on_copies, module.forward))
         if checkpointing:
             for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
                 put(block, "forward", partial(Recomputed.run, block.forward))
-        yield
+        cast = _casting(with_lora, dtype)
+        cast()
+        yield cast
+
+
+def _casting(layers: list[Layer], dtype: torch.dtype) -> Callable[[], None]:
+    """What brings the weights of LoRAs to ``dtype`` for the layers' computation."""
+    factors = [factor.detach() for layer in layers for factor in (layer.lora.down, layer.lora.up)]  # type: ignore[union-attr]
+    same = not factors or dtype == factors[0].dtype
+    copies = factors if same else [torch.empty_like(factor, dtype=dtype) for factor in factors]
+    for layer, down, up in zip(layers, copies[::2], copies[1::2], strict=True):
+        layer.cast = down, up
+    return _nothing if same else partial(torch._foreach_copy_, copies, factors)
 
 
 def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -311,9 +380,18 @@ def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], stream
                 put(module, name, [*getattr(module, name), _outside_inference])
 
 
+def _counts_changes(value: Tensor) -> bool:
+    """Whether autograd can keep it. One that was made in inference mode cannot, nor can it when it has been moved to
+    another device outside of it, though it says then that it is none."""
+    try:
+        return value._version >= 0
+    except RuntimeError:
+        return False
+
+
 def _outside_inference(value: Tensor | None) -> Tensor | None:
     """The same memory as a tensor that autograd accepts."""
-    if value is None or not value.is_inference() or type(value) not in (Tensor, nn.Parameter) or value.is_meta:
+    if value is None or type(value) not in (Tensor, nn.Parameter) or value.is_meta or _counts_changes(value):
         return value
     plain = torch.empty(0, dtype=value.dtype, device=value.device)
     plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]

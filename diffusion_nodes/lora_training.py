@@ -270,13 +270,14 @@ class _Run:
         streamed = bool(getattr(patcher, "is_dynamic", lambda: False)())
         keep = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         with ExitStack() as inside:
-            inside.enter_context(attached(
+            refresh = inside.enter_context(attached(
                 patcher.model, self.adapters, self.dtype, checkpointing=settings.gradient_checkpointing,
                 streamed=streamed))  # fmt: skip
             inside.enter_context(keep if settings.offloading else nullcontext())
             while self.done < stop:
                 comfy.check_interrupted()
                 value = self._step()
+                refresh()
                 self.done += 1
                 self.losses.append(value)
                 self.hooks.watch(Report(self.done, self.losses, self.rate))
@@ -284,16 +285,18 @@ class _Run:
     def _step(self) -> float:
         settings = self.settings
         draws = generator(settings.seed, "step", self.steps)
-        total = 0.0
-        for _ in range(settings.gradient_accumulation):
-            value = self._loss(next(self.order), draws) / settings.gradient_accumulation
+        drawn = [next(self.order) for _ in range(settings.gradient_accumulation)]
+        losses = []
+        for part in (part for batch in drawn for part in self._losses(batch, draws)):
+            value = part / settings.gradient_accumulation
             if not value.requires_grad:
                 raise SettingsError(
                     "model: no gradient comes through it, because something computes its layers in another way "
                     "(compiled, or quantised by another package); load it with ComfyUI's own loader, or GGUF's"
                 )
             value.backward()
-            total += value.item()
+            losses.append(value.detach())
+        total = torch.stack(losses).sum().item()
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"training: the loss of step {self.steps + 1} is {total}; lower learning_rate, or choose fp32 as "
@@ -307,8 +310,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def _loss(self, batch: list[int], draws: torch.Generator) -> Tensor:
-        """Mean loss over the batch; conditions of unlike sizes are computed one after another."""
+    def _losses(self, batch: list[int], draws: torch.Generator) -> Iterator[Tensor]:
+        """Parts of the mean loss over the batch; conditions of unlike sizes are computed one after another."""
         samples = [self.samples[index] for index in batch]
         sampling = self.patcher.model.model_sampling
         sigmas = draw_sigmas(sampling, len(samples), self.settings.timestep_sampling, draws)
@@ -316,11 +319,9 @@ class _Run:
         noise = torch.randn(len(samples), *samples[0].latent.shape[1:], generator=draws)
         conds = [sample.dropped if drop else sample.conds
                  for sample, drop in zip(samples, dropped.tolist(), strict=True)]  # fmt: skip
-        total = torch.zeros((), device=self.device)
         for group in groups(conds):
             part = self._part([samples[n] for n in group], [conds[n] for n in group], noise[group], sigmas[group])
-            total = total + part * (len(group) / len(samples))
-        return total
+            yield part * (len(group) / len(samples))
 
     def _part(self, samples: list[Sample], conds: list[dict[str, Any]], noise: Tensor, sigmas: Tensor) -> Tensor:
         model = self.patcher.model

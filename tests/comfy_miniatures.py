@@ -6,6 +6,9 @@ and depths are small.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,12 +58,18 @@ FULL = {"sdxl": (2048, 1280), "flux": (4096, 768), "wan": (4096, 4096), "qwen": 
 
 
 def make_model(
-    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, operations: Any = None, **changes: Any
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    operations: Any = None,
+    random_on: str = "cpu",
+    **changes: Any,
 ) -> Any:
     """A MODEL as ComfyUI's loaders give it, with the same weights for the same seed.
 
     Args:
         operations: ComfyUI's classes of layers, where they are not the usual ones; weights are then not filled.
+        random_on: Device that draws the weights; they lie in main memory all the same.
         changes: Other widths and depths.
     """
     import comfy.ldm.flux.model
@@ -75,27 +84,42 @@ def make_model(
     config.unet_config["dtype"] = dtype
     config.custom_operations = operations
     device = comfy.model_management.get_torch_device()
-    model = config.get_model({}, "", device=torch.device("cpu"))
+    with whole_layers():
+        model = config.get_model({}, "", device=torch.device("cpu"))
     if operations is None:
-        fill(model.diffusion_model, seed)
+        fill(model.diffusion_model, seed, random_on)
     model.diffusion_model.eval()
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return patcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def fill(module: torch.nn.Module, seed: int) -> None:
+@contextlib.contextmanager
+def whole_layers() -> Iterator[None]:
+    """Layers have weights when they are made, also where dynamic VRAM would have them wait for a file."""
+    memory = sys.modules.get("comfy.memory_management")  # older versions have none
+    enabled = getattr(memory, "aimdo_enabled", False)
+    if enabled:
+        memory.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        if enabled:
+            memory.aimdo_enabled = True
+
+
+def fill(module: torch.nn.Module, seed: int, random_on: str = "cpu") -> None:
     """Random weights at which signals neither vanish nor grow."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(random_on).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            value = torch.randn(parameter.shape, generator=generator)
+            value = torch.randn(parameter.shape, generator=generator, device=random_on)
             if parameter.ndim < 2 or "modulation" in name.rsplit(".", 1)[-1]:
                 value = value * 0.02 + (1.0 if name.endswith(("norm.weight", "scale", "norm_q.weight")) else 0.0)
                 if parameter.ndim == 1 and name.endswith("weight"):
                     value = value + 1.0
             else:
                 value = value / parameter[0].numel() ** 0.5
-            parameter.data = value.to(parameter.dtype)
+            parameter.data = value.to(parameter.device, parameter.dtype)
 
 
 def latents(family: str, count: int = 1, seed: int = 0, height: int = 8, width: int = 8, frames: int = 0) -> Any:

@@ -15,6 +15,7 @@ import torch
 from diffusion_trainer.diffusion_nodes.lora_layers import attached
 from diffusion_trainer.diffusion_nodes.lora_nodes import TrainLoRANode
 from diffusion_trainer.diffusion_nodes.lora_samples import joined, prepare, split_conditioning, split_latents
+from torch.utils._pytree import tree_map_only
 
 
 def loras() -> Path:
@@ -60,6 +61,8 @@ def difference(model: Any, patched: Any, adapters: Any, family: str) -> tuple[fl
     with torch.inference_mode():
         wanted = apply(patched, family)
     management.load_models_gpu([model])
+    for adapter in adapters.values():
+        adapter.to(management.get_torch_device())
     with torch.inference_mode(False), attached(model.model, adapters, torch.float32, checkpointing=True):
         got = apply(model, family).detach()
     return (got - wanted).abs().max().item(), wanted.abs().max().item()
@@ -68,16 +71,20 @@ def difference(model: Any, patched: Any, adapters: Any, family: str) -> tuple[fl
 def apply(model: Any, family: str) -> Any:
     with torch.no_grad():
         pairs = split_latents([mini.latents(family, 1, 3)]), split_conditioning([mini.conditioning(family, 4)])
-        sample = prepare(model.model, *pairs, None, [], torch.device("cpu"))[0]
-    sigma = model.model.model_sampling.sigmas[[500]].float().clone()
-    return model.model.apply_model(sample.latent, sigma, transformer_options={}, **joined([sample.conds], sigma.device))
+        sample = prepare(model.model, *pairs, None, [], management.get_torch_device())[0]
+    device = management.get_torch_device()
+    sigma = model.model.model_sampling.sigmas[[500]].float().clone().to(device)
+    conds = joined([sample.conds], device)
+    return model.model.apply_model(sample.latent.to(device), sigma, transformer_options={}, **conds)
 
 
 def picture_of(model: Any) -> Any:
-    """All of a MODEL that training could touch."""
+    """All of a MODEL that training could touch. Where ComfyUI moves weights to a GPU, they may lie elsewhere after."""
+    on_gpu = management.get_torch_device().type == "cuda"
     modules = {name: {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers")}
                for name, module in model.model.named_modules()}  # fmt: skip
-    held = {name: (id(p), p.data_ptr(), p._version if not p.is_inference() else 0, float(p.float().sum()))
+    held = {name: ((id(p), p.data_ptr(), p._version if not p.is_inference() else 0) if not on_gpu else (),
+                   int(p.detach().contiguous().view(torch.uint8).long().sum()))
             for name, p in model.model.named_parameters()}  # fmt: skip
     modules[""].pop("current_weight_patches_uuid", None)
     for key in ("model_loaded_weight_memory", "device", "model_lowvram", "lowvram_patch_counter"):
@@ -89,19 +96,24 @@ def picture_of(model: Any) -> Any:
     flags = (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
              torch.backends.cudnn.enabled, torch.get_float32_matmul_precision(),
              getattr(management, "in_training", None), len(management.current_loaded_models))  # fmt: skip
-    return {"modules": {k: sorted(v) for k, v in modules.items()}, "held": held, "patcher": patcher, "flags": flags,
-            "forward": [name for name, module in model.model.named_modules() if "forward" in vars(module)],
-            "random": torch.get_rng_state().sum().item()}  # fmt: skip
+    return {
+        "modules": {k: sorted(v) for k, v in modules.items()},
+        "held": held,
+        "patcher": patcher,
+        "flags": flags,
+        "forward": [name for name, module in model.model.named_modules() if "forward" in vars(module)],
+        "random": [state.sum().item() for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())],
+    }
 
 
 @contextlib.contextmanager
 def calls_of(model: Any) -> Any:
-    """The arguments of every call of the model."""
+    """The arguments of every call of the model, in main memory."""
     seen: list[tuple[Any, Any, Any]] = []
     usual = model.model.apply_model
 
     def spy(x: Any, t: Any, **kwargs: Any) -> Any:
-        seen.append((x.detach().clone(), t, kwargs))
+        seen.append(tree_map_only(torch.Tensor, lambda value: value.detach().cpu().clone(), (x, t, kwargs)))
         return usual(x, t, **kwargs)
 
     vars(model.model)["apply_model"] = spy

@@ -66,16 +66,17 @@ def check_adapters_at_run_time_are_the_patched_weights() -> None:
 
 
 def check_gradients_are_right() -> None:
+    device = management.get_torch_device()
     for family, model in models():
         management.load_models_gpu([model])
         for algorithm in ("LoRA", "LoKr"):
             generator = torch.Generator().manual_seed(0)
             with untouched():
-                adapters = {name: new_adapter(algorithm, shape_of(module), 4, 4.0, generator)
+                adapters = {name: new_adapter(algorithm, shape_of(module), 4, 4.0, generator).to(device)
                             for name, module in targets(model.model, ["*"]).items()}  # fmt: skip
                 weights = [p for adapter in adapters.values() for p in adapter.parameters()]
                 for weight in weights:
-                    weight.data += torch.randn(weight.shape, generator=generator) * 0.02
+                    weight.data += torch.randn(weight.shape, generator=generator).to(device) * 0.02
                 gradients = {}
                 for checkpointing in (True, False):
                     with attached(model.model, adapters, torch.float32, checkpointing=checkpointing):
@@ -130,6 +131,22 @@ def check_overfitting_one_latent() -> None:
         assert end < start / 10, f"{family}: from {start:.3f} to {end:.3f}"
         far, near = (distance(patched, family, latent) for patched in (model, trained))
         assert near < far / 10, f"{family}: what it makes is {near:.3f} from the latent, and was {far:.3f}"
+
+
+def check_bf16_learns_what_fp32_does() -> None:
+    """The loss of each step depends on what the steps before it have learned."""
+    rates = {"AdamW": 0.01, "Adam": 0.01, "SGD": 1.0, "RMSprop": 0.001}
+    for family in mini.FAMILIES:
+        with torch.inference_mode():
+            model = mini.make_model(family, seed=1)
+        for optimizer in rates if family == "flux" else ["AdamW"]:
+            values = {"steps": 30, "learning_rate": rates[optimizer], "optimizer": optimizer, "target": "*"}
+            exact, rounded, none = (
+                sum(train(model, family, **{**values, **changes})[2]["loss"][15:]) / 15
+                for changes in ({}, {"training_dtype": "bf16"}, {"learning_rate": 1e-7})
+            )
+            told = f"{family} {optimizer}: {none} without, {exact} and {rounded} after learning"
+            assert exact < 0.9 * none and abs(rounded - exact) < 0.2 * (none - exact), told
 
 
 def distance(model: Any, family: str, latent: torch.Tensor) -> float:

@@ -58,8 +58,8 @@ def check_schedule_and_warm_up() -> None:
 
 def check_accumulation_averages() -> None:
     """Four times the same batch for one step give the step of that batch."""
-    usual = lora_training._Run._loss
-    lora_training._Run._loss = lambda self, batch, draws: usual(self, [0], generator(0, "the same"))
+    usual = lora_training._Run._losses
+    lora_training._Run._losses = lambda self, batch, draws: usual(self, [0], generator(0, "the same"))
     try:
         for family, model in models():
             values = {"steps": 2, "optimizer": "SGD", "learning_rate": 0.1}
@@ -69,7 +69,7 @@ def check_accumulation_averages() -> None:
                 torch.tensor(four[2]["loss"]), torch.tensor(once[2]["loss"]), rtol=1e-5)  # fmt: skip
             torch.testing.assert_close(part(four[1], "lora_up.weight"), part(once[1], "lora_up.weight"))
     finally:
-        lora_training._Run._loss = usual
+        lora_training._Run._losses = usual
 
 
 def check_target_patterns() -> None:

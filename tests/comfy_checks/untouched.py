@@ -45,6 +45,8 @@ def check_nothing_else_is_changed() -> None:
                 for sampled in (False, True):
                     if sampled:
                         mini.output(model, family)
+                    elif management.get_torch_device().type == "cuda":
+                        management.load_models_gpu([model])  # as sampling and training leave it
                     before = picture_of(model)
                     way(model, family)
                     after = picture_of(model)
@@ -93,3 +95,13 @@ def check_a_model_without_gradients_is_refused() -> None:
     usual = block.forward
     block.forward = lambda *args, **kwargs: usual(*args, **kwargs).detach()
     assert "no gradient" in refusal(model, family)
+
+
+def check_streamed_weights_are_let_go_of() -> None:
+    """With dynamic VRAM, pages that stay pinned could never make room for another model."""
+    for family, model in models():
+        if not getattr(model, "is_dynamic", lambda: False)():
+            return
+        train(model, family, training_dtype="bf16")
+        for held in model.model.dynamic_vbars.values():
+            assert not any(page & 2 for page in held.get_residency()), f"{family}: pages are pinned"

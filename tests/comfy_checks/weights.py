@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.ldm.wan.vae
+import comfy.model_management as management
 import comfy.ops
 import comfy.sd
 import comfy.utils
@@ -47,6 +48,7 @@ def check_quantised_layers() -> None:
             frozen = [module for module in model.model.modules() if hasattr(module, "quant_format")]
             assert len(frozen) > 5 and all("Quantized" in type(module.weight.data).__name__ for module in frozen)
             compare_weights(frozen[0], algorithm)
+            compare_outputs(frozen[0])
             trained, _, curve, _ = train(model, family, steps=8, learning_rate=0.005)
             assert all(0 < value < 20 for value in curve["loss"]), f"{family} {algorithm}: {curve}"
             before, after = mini.output(model, family), mini.output(trained, family)
@@ -71,7 +73,8 @@ def quantised(family: str, algorithm: str) -> Any:
         else:
             state[key] = value.clone()
     config = SimpleNamespace(quant_config={"mixed_ops": True})
-    operations = comfy.ops.pick_operations(torch.float32, torch.float32, torch.device("cpu"), model_config=config)
+    device = management.get_torch_device()
+    operations = comfy.ops.pick_operations(torch.float32, torch.float32, device, model_config=config)
     with torch.inference_mode():
         model = mini.make_model(family, seed=1, operations=operations, **wide)
         model.model.load_model_weights(state, "")
@@ -82,11 +85,24 @@ def compare_weights(module: Any, algorithm: str) -> None:
     """The weight that gradients are computed from is the one that outputs are, but for rounding of activations."""
     shape = shape_of(module)
     with torch.inference_mode():
-        x = torch.randn(64, shape.inputs)
+        x = torch.randn(64, shape.inputs, device=management.get_torch_device())
         got = module(x) - module(torch.zeros_like(x))
-        wanted = x @ Layer(module, shape, None).weight(torch.float32, x.device).t()
+        weight, release = Layer(module, shape, None).weight(torch.float32, x.device)
+        wanted = x @ weight.t()
+        release()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 0.2, f"{algorithm}: {error}"
+
+
+def compare_outputs(module: Any) -> None:
+    """In float32 a quantised layer computes with its weights as they are, as its gradient does."""
+    layer = Layer(module, shape_of(module), None)
+    x = torch.randn(64, layer.shape.inputs, device=management.get_torch_device())
+    weight, release = layer.weight(torch.float32, x.device)
+    with torch.no_grad():
+        got = layer.output(x) - layer.output(torch.zeros_like(x))
+        torch.testing.assert_close(got, x @ weight.t(), atol=1e-4, rtol=1e-4)
+    release()
 
 
 def check_previews_and_offloading_change_nothing() -> None:
