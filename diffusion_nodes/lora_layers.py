@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -139,28 +139,30 @@ class _Frozen(torch.autograd.Function):
         output = layer.output(x.detach())
         ctx.layer, ctx.size, ctx.dtype = layer, x.shape, x.dtype
         if down_RI is None or up_OR is None:
-            return output
-        down, up = layer.factors(x.dtype)
+            return _like(x, output)
         rows_MI = x.reshape(-1, x.shape[-1])
-        inner_RM = down @ rows_MI.t()
+        rows = _fast(rows_MI)
+        down, up = layer.factors(rows.dtype)
+        inner_RM = down @ rows.t()
         added = output.view(-1, output.shape[-1])
-        if output.dtype == x.dtype:
+        if output.dtype == rows.dtype:
             added.addmm_(inner_RM.t(), up.t(), alpha=layer.scale)
         else:
             added.add_(inner_RM.t() @ up.t(), alpha=layer.scale)
         ctx.save_for_backward(rows_MI, inner_RM)
-        return output
+        return _like(x, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
         layer: Layer = ctx.layer
         needs_x = ctx.needs_input_grad[0]
-        grad = grad.to(ctx.dtype)
+        grad = _fast(grad.to(ctx.dtype))
         saved = ctx.saved_tensors
         if not saved:
-            return (layer.input_gradient(grad, ctx.size) if needs_x else None), None, None, None
+            return (layer.input_gradient(grad, ctx.size).to(ctx.dtype) if needs_x else None), None, None, None
         rows_MI, inner_RM = saved
-        down, up = layer.factors(ctx.dtype)
+        rows_MI = _fast(rows_MI)
+        down, up = layer.factors(grad.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
         grad_inner_RM = up.t() @ grad_MO.t()
         if layer.scale != 1.0:
@@ -168,7 +170,7 @@ class _Frozen(torch.autograd.Function):
         grad_x = None
         if needs_x:
             grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
-            grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size)
+            grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size).to(ctx.dtype)
         if grad.is_cuda:
             grad_up = _product(grad_MO.t(), inner_RM.t())
         else:
@@ -176,6 +178,27 @@ class _Frozen(torch.autograd.Function):
         if layer.scale != 1.0:
             grad_up *= layer.scale
         return grad_x, None, _product(grad_inner_RM, rows_MI), grad_up
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has units for it; without, products take up to a hundred times as long as in float32."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _is_slow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bfloat16()
+
+
+def _fast(x: Tensor) -> Tensor:
+    """``x`` in a type that its processor multiplies."""
+    return x.float() if _is_slow(x) else x
+
+
+def _like(x: Tensor, output: Tensor) -> Tensor:
+    """The output for ``x`` as a layer gives it, if `_fast` has widened it."""
+    return output.to(x.dtype) if _is_slow(x) else output
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
@@ -205,15 +228,16 @@ class Layer:
             return self.base(x, *args, **kwargs)  # calls with more than an input have meanings of their own
         if self.lora is not None:
             return _Frozen.apply(x, self, self.lora.down, self.lora.up)
-        output = _Frozen.apply(x, self, None, None) if x.requires_grad else self.base(x)
-        return output if self.adapter is None else output + self.adapter(x).to(output.dtype)
+        output = _Frozen.apply(x, self, None, None) if x.requires_grad else _like(x, self.output(x))
+        return output if self.adapter is None else output + self.adapter(_fast(x)).to(output.dtype)
 
     def output(self, x: Tensor) -> Tensor:
-        """What the layer makes of ``x`` without an adapter, as a tensor of its own."""
+        """What the layer makes of ``x`` without an adapter, as a tensor of its own; of `_fast`'s type or that of x."""
         held = self.held
         ready = held is not None and held[0].dtype == x.dtype and held[0].device == x.device
-        if ready:
-            output: Tensor = F.linear(x, *held)  # type: ignore[misc]
+        if held is not None and ready:
+            wide, (weight, bias) = _fast(x), held
+            output = F.linear(wide, weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype))
         else:
             exact = x.dtype == torch.float32 and hasattr(self.module, "quant_format")
             output = self._dequantised(x) if exact else self.base(x)
@@ -254,6 +278,8 @@ class Layer:
         ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
         if ready and (self.held is not None or not getattr(module, "weight_function", None)):
             return plain, _nothing
+        if self.held is not None and plain.device == device:
+            return plain.to(dtype), _nothing
         weight, _, release = _fetched(module, dtype, device)
         return _plain(weight, dtype), release
 

@@ -109,6 +109,20 @@ def test_ranks_and_stages_change_nothing(bench: Bench, plain: Result, processes:
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("family", ["flux", "sdxl", "wan"])
+def test_bfloat16_learns_what_float32_does(tmp_path: Path, family: str) -> None:
+    """The loss of each step depends on what the steps before it have learned."""
+    bench = Bench(tmp_path, family)
+
+    def mean_loss(dtype: str, rate: float) -> float:
+        losses = bench.train(epochs=8, model={"dtype": dtype}, optimizer={"lr": rate}).curve("loss")[12:]
+        return sum(losses) / len(losses)
+
+    exact, rounded, none = mean_loss("float32", 0.02), mean_loss("bfloat16", 0.02), mean_loss("float32", 1e-9)
+    assert exact < 0.97 * none
+    assert abs(rounded - exact) < 0.2 * (none - exact)
+
+
 @pytest.mark.parametrize("step", range(1, 16))
 def test_stopped_and_resumed_equals_uninterrupted(bench: Bench, plain: Result, step: int) -> None:
     folder = StopsAfter(RunFolder.create(bench.root / "out").path, step, by_signal=step % 2 == 0 and step < 15)
