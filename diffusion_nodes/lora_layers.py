@@ -249,9 +249,10 @@ class Layer:
         """The output of a quantised layer in float32; its own kernels may round the input, or know no float32."""
         weight, bias, release = _fetched(self.module, x.dtype, x.device)
         smoothing = getattr(self.module, "pre_quant_scale", None)
-        output = F.linear(x if smoothing is None else x * smoothing.to(x), _plain(weight, x.dtype), bias)
-        release()
-        return output
+        try:
+            return F.linear(x if smoothing is None else x * smoothing.to(x), _plain(weight, x.dtype), bias)
+        finally:
+            release()
 
     def hold(self) -> None:
         """Keeps the weight at hand, if it is an ordinary one, ready for use, of a layer that computes as usual."""
@@ -274,29 +275,28 @@ class Layer:
         """The layer's weight as it takes part in the computation, dequantised if need be, and what is to be called
         after its last use."""
         module: Any = self.module
-        plain: Any = self.held[0] if self.held is not None else getattr(module, "weight", None)
+        if self.held is not None and self.held[0].device == device:
+            return self.held[0].to(dtype), _nothing
+        plain: Any = getattr(module, "weight", None)
         ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
-        if ready and (self.held is not None or not getattr(module, "weight_function", None)):
+        if ready and not getattr(module, "weight_function", None):
             return plain, _nothing
-        if self.held is not None and plain.device == device:
-            return plain.to(dtype), _nothing
         weight, _, release = _fetched(module, dtype, device)
         return _plain(weight, dtype), release
 
     def input_gradient(self, grad: Tensor, size: Any) -> Tensor:
         """Gradient of an input of ``size`` from that of the output."""
         weight, release = self.weight(grad.dtype, grad.device)
-        if not self.shape.kernel:
+        shape = self.shape
+        try:
+            if shape.kernel:
+                of_size = _INPUT_GRADIENTS[len(shape.kernel) - 1]
+                return of_size(size, weight, grad, shape.stride, shape.padding, shape.dilation)
             result = grad @ weight
-            smoothing = getattr(self.module, "pre_quant_scale", None)  # some quantised layers scale their input
-            if smoothing is not None:
-                result = result * smoothing.to(result)
-        else:
-            shape = self.shape
-            of_size = _INPUT_GRADIENTS[len(shape.kernel) - 1]
-            result = of_size(size, weight, grad, shape.stride, shape.padding, shape.dilation)
-        release()
-        return result
+        finally:  # also when memory is short
+            release()
+        smoothing = getattr(self.module, "pre_quant_scale", None)  # some quantised layers scale their input
+        return result if smoothing is None else result * smoothing.to(result)
 
 
 def _nothing() -> None:
