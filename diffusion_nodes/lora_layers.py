@@ -329,30 +329,31 @@ def _fetched(module: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any
 
 @contextmanager
 def attached(
-    model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, *, checkpointing: bool,
-    streamed: bool = False,
-) -> Iterator[Callable[[], None]]:  # fmt: skip
+    model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, *, checkpointing: bool
+) -> Iterator[Callable[[], None]]:
     """Inside, the model computes in ``dtype``, takes part in autograd and has the adapters.
 
     Args:
         model: ComfyUI's model, loaded. Outside it is exactly as it was, also after an error.
+        adapters: They lie where it computes. Weights that do not are fetched by ComfyUI whenever a layer needs them.
         checkpointing: Blocks keep only their inputs and compute again in backward.
-        streamed: ComfyUI fetches the weights for each layer (dynamic VRAM).
 
     Yields:
         What must be called when the adapters' weights have changed.
     """
     with ExitStack() as undo:
         put = partial(_put, undo)
+        device = next((parameter.device for adapter in adapters.values() for parameter in adapter.parameters()), None)
+        fetched = {module for module in model.modules() if _lies_elsewhere(module, device)}
         for module in model.modules():
-            _make_usable(module, put, streamed)
+            _make_usable(module, put, module in fetched)
         put(model, "manual_cast_dtype", dtype)
         with_lora = []
         for name, module in layers(model).items():
             shape = shape_of(module)
             assert shape is not None
             layer = Layer(module, shape, adapters.get(name))
-            if not streamed:
+            if module not in fetched:
                 layer.hold()
             put(module, "forward", layer)
             if layer.lora is not None:
@@ -392,7 +393,12 @@ def _restore(owner: Any, name: str, before: Any) -> None:
         vars(owner)[name] = before
 
 
-def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], streamed: bool) -> None:
+def _lies_elsewhere(module: nn.Module, device: torch.device | None) -> bool:
+    weight = getattr(module, "weight", None)
+    return device is not None and isinstance(weight, Tensor) and weight.device != device
+
+
+def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], fetched: bool) -> None:
     """Lets a module work on inputs of another dtype and lets autograd keep its small weights."""
     for table in ("_parameters", "_buffers"):
         values = getattr(module, table)
@@ -401,9 +407,9 @@ def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], stream
             put(module, table, usable)
     if hasattr(module, "comfy_cast_weights"):
         put(module, "comfy_cast_weights", True)
-        if streamed and shape_of(module) is None:
+        if fetched and shape_of(module) is None:  # the place of what is fetched is the next one's soon
             for name in ("weight_function", "bias_function"):
-                put(module, name, [*getattr(module, name), _outside_inference])
+                put(module, name, [*getattr(module, name), torch.clone])
 
 
 def _counts_changes(value: Tensor) -> bool:

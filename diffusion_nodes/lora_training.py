@@ -267,12 +267,10 @@ class _Run:
 
     def _until(self, stop: int) -> None:
         settings, patcher = self.settings, self.patcher
-        streamed = bool(getattr(patcher, "is_dynamic", lambda: False)())
         keep = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         with ExitStack() as inside:
             refresh = inside.enter_context(attached(
-                patcher.model, self.adapters, self.dtype, checkpointing=settings.gradient_checkpointing,
-                streamed=streamed))  # fmt: skip
+                patcher.model, self.adapters, self.dtype, checkpointing=settings.gradient_checkpointing))  # fmt: skip
             inside.enter_context(keep if settings.offloading else nullcontext())
             while self.done < stop:
                 comfy.check_interrupted()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusion_trainer.utils.graphs import StageGraphs
+from diffusion_trainer.utils.graphs import StageGraphs, StepGraphs
 from training import Bench, Result
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +105,26 @@ def test_passes_of_a_stage_as_graphs_in_the_order_of_a_pipeline() -> None:
         return [*seen, weight.grad]
 
     torch.testing.assert_close(train(True), train(False))
+
+
+def test_a_recording_that_fails_leaves_no_trace() -> None:
+    def train(asked: bool, graphs: bool) -> torch.Tensor:
+        def step(inputs: tuple, labels: tuple) -> torch.Tensor:
+            value = (inputs[0] * torch.rand(1024, device="cuda")).sum()
+            if asked:
+                value.item()  # the CPU cannot ask for a number that is not computed yet
+            return value
+
+        torch.manual_seed(0)
+        run = StepGraphs(step)
+        run._working = graphs
+        losses = [run((torch.full((1024,), float(number), device="cuda"),), ()) for number in range(6)]
+        assert bool(run._graphs) is (graphs and not asked)
+        return torch.stack(losses)
+
+    plain = train(asked=False, graphs=False)
+    torch.testing.assert_close(train(asked=True, graphs=True), plain, rtol=0, atol=0)
+    torch.testing.assert_close(train(asked=False, graphs=True), plain, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

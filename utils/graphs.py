@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,8 +72,7 @@ class StepGraphs:
         static = [tensor.clone() for tensor in (*inputs, *labels)]
         graph = torch.cuda.CUDAGraph()
         try:
-            # "thread_local": the loader's thread may pin memory meanwhile, which is none of this recording's business
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with recording(graph, self._pool):
                 loss = self._step(tuple(static[: len(inputs)]), tuple(static[len(inputs) :]))
         except RuntimeError as error:
             self._working = False
@@ -82,6 +81,31 @@ class StepGraphs:
             logger.warning("steps run without CUDA graphs: %s", str(error).splitlines()[0])
             return None
         return _Graph(graph, static, loss)
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """What is issued within becomes ``graph``; where that fails, memory and random numbers are as if nothing had been
+    begun, which torch does not see to (2.11)."""
+    device = torch.cuda.current_device()
+    numbers = torch.cuda.default_generators[device]
+    before, inside = numbers.clone_state(), None
+    try:
+        # "thread_local": the loader's thread may pin memory meanwhile, which is none of this recording's business
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                yield
+            except BaseException as error:
+                inside = error
+                raise
+    except BaseException as error:
+        numbers.graphsafe_set_state(before)
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name before torch 2.8 is the other one
+        with suppress(RuntimeError):  # it has ended already
+            (end or torch._C._cuda_endAllocateCurrentStreamToPool)(device, pool)
+        if inside is not None and not isinstance(inside, RuntimeError):
+            raise inside from error  # not what ending the recording said of it
+        raise
 
 
 @dataclass
@@ -189,13 +213,12 @@ class StageGraphs:
         pool = self._pools.setdefault(place, torch.cuda.graph_pool_handle())
         static = tuple(tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in inputs)
         passage = _RecordedPassage(static, (), tuple(label.clone() for label in labels), [])
-        recording = partial(torch.cuda.graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with recording(passage.forward):
+            with recording(passage.forward, pool, self._stream):
                 passage.outputs = self._stage(static, passage.labels)
             passage.grads = [torch.zeros_like(output) for output in passage.with_grad()]
             if passage.grads:
-                with recording(passage.behind):
+                with recording(passage.behind, pool, self._stream):
                     torch.autograd.backward(passage.with_grad(), passage.grads)
         except RuntimeError as error:
             self._working = False

@@ -51,7 +51,16 @@ def check_nothing_else_is_changed() -> None:
                     way(model, family)
                     after = picture_of(model)
                     for key in before:
-                        assert before[key] == after[key], f"{family}, {way.__name__}: {key} changed"
+                        assert before[key] == after[key], (
+                            f"{family}, {way.__name__}: {key} {change(before, after, key)}"
+                        )
+
+
+def change(before: Any, after: Any, key: str) -> str:
+    if not isinstance(before[key], dict):
+        return f"was {before[key]}, is {after[key]}"
+    found = next(name for name in before[key] | after[key] if before[key].get(name) != after[key].get(name))
+    return f"of {found} was {before[key].get(found)}, is {after[key].get(found)}"
 
 
 def check_cancel_keeps_or_discards() -> None:

@@ -74,9 +74,10 @@ def quantised(family: str, algorithm: str) -> Any:
             state[key] = value.clone()
     config = SimpleNamespace(quant_config={"mixed_ops": True})
     device = management.get_torch_device()
-    operations = comfy.ops.pick_operations(torch.float32, torch.float32, device, model_config=config)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # ComfyUI's products in float8 give no other
+    operations = comfy.ops.pick_operations(dtype, dtype, device, model_config=config)
     with torch.inference_mode():
-        model = mini.make_model(family, seed=1, operations=operations, **wide)
+        model = mini.make_model(family, dtype, seed=1, operations=operations, **wide)
         model.model.load_model_weights(state, "")
     return model
 
@@ -85,9 +86,12 @@ def compare_weights(module: Any, algorithm: str) -> None:
     """The weight that gradients are computed from is the one that outputs are, but for rounding of activations."""
     shape = shape_of(module)
     with torch.inference_mode():
-        x = torch.randn(64, shape.inputs, device=management.get_torch_device())
+        device = management.get_torch_device()
+        x = torch.randn(
+            64, shape.inputs, device=device, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
+        )
         got = module(x) - module(torch.zeros_like(x))
-        weight, release = Layer(module, shape, None).weight(torch.float32, x.device)
+        weight, release = Layer(module, shape, None).weight(x.dtype, x.device)
         wanted = x @ weight.t()
         release()
     error = (got - wanted).norm() / wanted.norm()
