@@ -100,9 +100,10 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream 
                 raise
     except BaseException as error:
         numbers.graphsafe_set_state(before)
-        end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name before torch 2.8 is the other one
+        of_old = "_cuda_endAllocateCurrentStreamToPool"  # its name before torch 2.8
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None) or getattr(torch._C, of_old)
         with suppress(RuntimeError):  # it has ended already
-            (end or torch._C._cuda_endAllocateCurrentStreamToPool)(device, pool)
+            end(device, pool)
         if inside is not None and not isinstance(inside, RuntimeError):
             raise inside from error  # not what ending the recording said of it
         raise
