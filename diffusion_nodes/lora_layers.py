@@ -412,18 +412,19 @@ def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], fetche
                 put(module, name, [*getattr(module, name), torch.clone])
 
 
-def _counts_changes(value: Tensor) -> bool:
-    """Whether autograd can keep it. One that was made in inference mode cannot, nor can it when it has been moved to
-    another device outside of it, though it says then that it is none."""
+def _can_be_kept(value: Tensor) -> bool:
+    """Whether autograd can keep it for backward. One that was made in inference mode cannot, one that has been moved
+    to another device within it neither, and one that was made within and moved outside has no count of changes,
+    though it says then that it is none of those."""
     try:
-        return value._version >= 0
+        return not value.is_inference() and value._version >= 0
     except RuntimeError:
         return False
 
 
 def _outside_inference(value: Tensor | None) -> Tensor | None:
     """The same memory as a tensor that autograd accepts."""
-    if value is None or type(value) not in (Tensor, nn.Parameter) or value.is_meta or _counts_changes(value):
+    if value is None or type(value) not in (Tensor, nn.Parameter) or value.is_meta or _can_be_kept(value):
         return value
     plain = torch.empty(0, dtype=value.dtype, device=value.device)
     plain.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())  # type: ignore[call-overload]

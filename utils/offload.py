@@ -45,7 +45,7 @@ def main_memory(num_bytes: int, device: torch.device) -> Tensor:
     torch's own pinned memory is rounded up to a power of two, which wastes a third of it.
     """
     memory = torch.empty(num_bytes, dtype=torch.uint8)
-    if device.type != "cuda":
+    if device.type != "cuda" or not num_bytes:  # a driver does not pin nothing
         return memory
     runtime, address = torch.cuda.cudart(), memory.data_ptr()
     if int(runtime.cudaHostRegister(address, num_bytes, 0)) != 0:

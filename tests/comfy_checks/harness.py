@@ -97,7 +97,9 @@ def picture_of(model: Any) -> Any:
     for values in modules.values():  # loading does these, as for sampling
         for key in ("comfy_patched_weights", "comfy_force_cast_weights", "weight_function", "bias_function"):
             values.pop(key, None)
-        for key in [key for key in values if key.startswith("_v_")]:  # dynamic VRAM's, from the first use on
+        for key in [
+            key for key in values if key.startswith("_v_") or key == "_pins"
+        ]:  # dynamic VRAM's, from the first use on
             del values[key]
     patcher = (str(model.patches), str(model.object_patches), str(model.model_options), model.patches_uuid)
     flags = (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.backends.cudnn.benchmark,
