@@ -4,7 +4,8 @@
 
 Writes a Flux whose transformer has FLUX.1-dev's size (24 GB; its text encoders and VAE are miniatures, which warm
 caches do without) and eight pictures into FOLDER, trains two steps to fill the caches, and two again to measure.
-Settings are ``key=value`` pairs of train.toml, such as ``compile=true``.
+Settings are ``key=value`` pairs of train.toml, such as ``compile=true``. ``launcher`` are the seconds before train.py
+starts, which count in neither start; ``log`` tells after how many seconds of the second one the trainer said what.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 from train_step import load_package
+
+LINE = re.compile(r"^(\d\d):(\d\d):(\d\d) \[rank 0\] \w+ (.*)$", re.M)
 
 READ = """
 import sys, time
@@ -70,8 +77,20 @@ def write_pictures(folder: Path) -> None:
         (folder / f"{number}.txt").write_text("a photo of a red cat", "utf-8")
 
 
-def train(folder: Path, changes: dict[str, Any], resolution: int) -> float:
-    """Trains two steps as the Train node does; seconds until the first is done."""
+@dataclass
+class Start:
+    """How a training began, in seconds."""
+
+    launcher: float
+    """From the start of the launcher to that of train.py."""
+    first_step: float
+    """From the start of train.py until the first step is done."""
+    log: list[tuple[int, str]]
+    """What the trainer said until then, and when; the log knows whole seconds."""
+
+
+def train(folder: Path, changes: dict[str, Any], resolution: int) -> Start:
+    """Trains two steps as the Train node does."""
     from diffusion_trainer.utils import launch
     from diffusion_trainer.utils.config import write_toml
     from diffusion_trainer.utils.run_folder import ENDED, RunFolder
@@ -89,14 +108,29 @@ def train(folder: Path, changes: dict[str, Any], resolution: int) -> float:
     write_toml(
         run_folder.dataset_toml, {"resolutions": [resolution], "directory": [{"path": str(folder / "pictures")}]}
     )
-    start = time.perf_counter()
     run = launch.start(run_folder, num_gpus=1, identity=str(run_folder.path))
+    began, script = 0.0, str(launch.TRAIN_SCRIPT)
     while (status := run.status()).step < 1 and status.state not in ENDED and run.poll() is None:
+        with suppress(psutil.Error):
+            trainers = [] if began else psutil.Process(run.pid).children(recursive=True)
+            began = next((child.create_time() for child in trainers if script in child.cmdline()), began)
         time.sleep(0.02)
-    seconds = time.perf_counter() - start
+    ended = time.time()
     if run.wait() != "finished":
         sys.exit(run.failure_text())
-    return seconds
+    return Start(began - run.started, ended - began, said(run_folder.log, began))
+
+
+def said(log: Path, began: float) -> list[tuple[int, str]]:
+    """The lines of the first rank until its first step."""
+    found = []
+    for hour, minute, second, text in LINE.findall(log.read_text("utf-8")):
+        clock = time.localtime(began)
+        passed = (int(hour) - clock.tm_hour) * 3600 + (int(minute) - clock.tm_min) * 60 + int(second) - clock.tm_sec
+        found.append((passed % 86400, text[:80]))
+        if text.startswith("step "):
+            break
+    return found
 
 
 def main() -> None:
@@ -122,8 +156,11 @@ def main() -> None:
     files = sorted(str(path) for path in (model / "transformer").glob("*.safetensors"))
     reading = float(subprocess.run([sys.executable, "-c", READ, *files], capture_output=True, check=True).stdout)
     size = sum(os.path.getsize(path) for path in files) / 1e9
-    print(json.dumps({"gigabytes": round(size, 2), "first_start": round(cold, 1), "second_start": round(warm, 1),
-                      "reading_weights": round(reading, 1), "beyond": round(warm - reading, 1)}))  # fmt: skip
+    print(json.dumps({
+        "gigabytes": round(size, 2), "launcher": round(warm.launcher, 1),
+        "first_start": round(cold.first_step, 1), "second_start": round(warm.first_step, 1),
+        "reading_weights": round(reading, 1), "beyond": round(warm.first_step - reading, 1), "log": warm.log,
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

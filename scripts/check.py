@@ -1,10 +1,11 @@
-"""Runs all checks: ruff, mypy, tests. Makes its environment first.
+"""Runs all checks: ruff, mypy, tests on up to four cores. Makes its environment first.
 
 python3 scripts/check.py [pytest arguments]
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ def main() -> int:
     """Runs every check even after one failed; returns how many failed."""
     python = str(prepare(dev=True))
     failed = []
+    workers = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]  # files share what they set up
     with tempfile.TemporaryDirectory() as folder:
         # mypy wants the package under an importable name, whatever the clone is called.
         (Path(folder) / "diffusion_trainer").symlink_to(ROOT, target_is_directory=True)
@@ -30,7 +32,7 @@ def main() -> int:
             "ruff": [python, "-m", "ruff", "check", "."],
             "ruff format": [python, "-m", "ruff", "format", "--check", "."],
             "mypy": [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *TYPED],
-            "pytest": [python, "-m", "pytest", *sys.argv[1:]],
+            "pytest": [python, "-m", "pytest", *workers, *sys.argv[1:]],
         }
         for name, command in checks.items():
             started = time.monotonic()

@@ -109,7 +109,7 @@ def test_ranks_and_stages_change_nothing(bench: Bench, plain: Result, processes:
     assert_same(plain.lora(), result.lora(), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl", "wan"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sdxl", marks=pytest.mark.slow), "wan"])
 def test_bfloat16_learns_what_float32_does(tmp_path: Path, family: str) -> None:
     """The loss of each step depends on what the steps before it have learned."""
     bench = Bench(tmp_path, family)

@@ -6,6 +6,8 @@ GPUs and with which settings, so that the next ComfyUI finds it.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import os
 import subprocess
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped", "failed", "vanished"]
 TRAIN_SCRIPT = Path(__file__).resolve().parent.parent / "train.py"
-DEEPSPEED: tuple[str, ...] = ("-m", "deepspeed.launcher.runner")
-"""DeepSpeed's launcher as a module of this Python; the one on PATH may belong to another."""
+DEEPSPEED: tuple[str, ...] = ("-u", "-m", "deepspeed.launcher.launch")
+"""What the ``deepspeed`` command starts on each machine; on one it would only take time to import torch once more."""
 TERM_PATIENCE = 5.0
 """Seconds between SIGTERM and SIGKILL for processes that ignored `save_quit`."""
 ORPHAN_GRACE = 60.0
@@ -154,8 +156,7 @@ class Run:
     def _judge(self) -> Outcome:
         """The state on disk, unless processes died in a way that contradicts it.
 
-        DeepSpeed's runner returns 0 when its launch.py died by a signal, so 0 proves nothing. When one
-        rank is killed the others are terminated and may still save and say "stopped".
+        When one rank is killed the others are terminated and may still save and say "stopped".
         """
         state, code = self.status().state, self.exit_code
         if state == "finished" or state == "failed":
@@ -240,7 +241,7 @@ def start(
             which = [*machines, f"--num_gpus={num_gpus}", *([f"--master_port={port}"] if port else [])]
         else:
             port = master_port or free_port(avoid={run.port for run in others})
-            which = [*_which(num_gpus, used if selection else ()), f"--master_port={port}"] if launcher else []
+            which = [f"--world_info={_world(used)}", f"--master_port={port}"] if launcher else []
         arguments = _arguments(folder, which, resume, script, launcher)
         run = _spawn(folder, arguments, environment, used, identity, port)
         try:
@@ -284,8 +285,9 @@ def _spawn(
     return Run(path, child.pid, create_time(child.pid), gpus, identity, port, started, log_start)
 
 
-def _which(num_gpus: int, include: Sequence[int]) -> list[str]:
-    return [f"--include=localhost:{','.join(map(str, include))}"] if include else [f"--num_gpus={num_gpus}"]
+def _world(gpus: Sequence[int]) -> str:
+    """The GPUs of this machine, as the launcher wants to be told."""
+    return base64.urlsafe_b64encode(json.dumps({"localhost": list(gpus)}).encode()).decode()
 
 
 def _arguments(
@@ -313,7 +315,7 @@ def _refuse_conflicts(folder: RunFolder, gpus: tuple[int, ...], others: list[Run
 def _visible_gpus(environment: dict[str, str]) -> list[int] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; None when it is unset.
 
-    The launcher ignores that variable when it is given a number of GPUs, so we hand the choice on.
+    The launcher sets that variable anew, so we hand the choice on.
     """
     text = environment.get("CUDA_VISIBLE_DEVICES", "").strip()
     if not text or text == "-1":
