@@ -409,7 +409,7 @@ def _make_usable(module: nn.Module, put: Callable[[Any, str, Any], None], fetche
         put(module, "comfy_cast_weights", True)
         if fetched and shape_of(module) is None:  # the place of what is fetched is the next one's soon
             for name in ("weight_function", "bias_function"):
-                put(module, name, [*getattr(module, name), torch.clone])
+                put(module, name, [*getattr(module, name, ()), torch.clone])
 
 
 def _can_be_kept(value: Tensor) -> bool:

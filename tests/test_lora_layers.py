@@ -1,0 +1,104 @@
+"""Frozen layers with adapters, in models of plain torch modules: what ComfyUI's own have in common with them."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusion_trainer.diffusion_nodes.lora_layers import attached, shape_of, targets
+from diffusion_trainer.utils.adapter_layers import Adapter, new_adapter
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WIDTH = 16
+
+
+class Fetching(nn.Module):
+    """A norm whose weight lies elsewhere and is brought to a place that all of its kind share, one after another."""
+
+    comfy_cast_weights = False
+    weight_function: tuple[Any, ...] = ()
+    bias_function: tuple[Any, ...] = ()
+
+    def __init__(self, place: Tensor, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(WIDTH, device="meta"), requires_grad=False)
+        self._place, self._value = place, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._place.fill_(self._value)
+        for function in self.weight_function:
+            weight = function(weight)
+        return F.rms_norm(x, (WIDTH,), weight)
+
+
+class Block(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.first, self.second = norm, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.tanh(self.first(self.norm(x))))
+
+
+def model_of(*norms: nn.Module) -> tuple[nn.Module, dict[str, Adapter]]:
+    torch.manual_seed(0)
+    model, denoiser = nn.Module(), nn.Module()
+    denoiser.blocks = nn.ModuleList(Block(norm) for norm in norms)
+    model.diffusion_model = denoiser.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    adapters = {}
+    for name, module in targets(model, []).items():
+        shape = shape_of(module)
+        assert shape is not None
+        adapters[name] = new_adapter("LoRA", shape, 4, 4.0, generator)
+    return model, adapters
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    for block in model.diffusion_model.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bool) -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, adapters = model_of(nn.Identity(), nn.Identity())
+        model.to(dtype)
+        x, target = torch.randn(2, 32, WIDTH).to(dtype)
+        weights = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+        optimizer = torch.optim.AdamW(weights, lr=0.02, fused=fused)
+        found = losses[dtype] = []
+        with attached(model, adapters, dtype, checkpointing=checkpointing) as refresh:
+            for _ in range(40):
+                loss = (run(model, x) - target).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                refresh()
+                found.append(loss.item())
+    exact, rounded = losses.values()
+    assert exact[-1] < 0.8 * exact[0]
+    assert rounded[-1] == pytest.approx(exact[-1], rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_weights_that_share_a_place(checkpointing: bool) -> None:
+    place, values, gradients = torch.empty(WIDTH), (0.5, 2.0, 1.5), []
+    x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(2))
+    still = [nn.RMSNorm(WIDTH) for _ in values]
+    for norm, value in zip(still, values, strict=True):
+        nn.init.constant_(norm.weight, value)
+    for norms in (still, [Fetching(place, value) for value in values]):
+        model, adapters = model_of(*norms)
+        weights = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+        with torch.no_grad():
+            for weight in weights:
+                weight += 0.1
+        with attached(model, adapters, torch.float32, checkpointing=checkpointing):
+            gradients.append(torch.autograd.grad(run(model, x).square().sum(), weights))
+        assert all("weight_function" not in vars(norm) for norm in norms)
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
