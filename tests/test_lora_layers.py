@@ -64,7 +64,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("fused", [False, True])
 def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bool) -> None:
     losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16):  # bfloat16 is computed in float32 where it is slow
         model, adapters = model_of(nn.Identity(), nn.Identity())
         model.to(dtype)
         x, target = torch.randn(2, 32, WIDTH).to(dtype)
