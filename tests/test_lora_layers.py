@@ -32,18 +32,19 @@ class Fetching(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, after: nn.Module) -> None:
         super().__init__()
-        self.norm, self.first, self.second = norm, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.after = norm, after
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(torch.tanh(self.first(self.norm(x))))
+        return self.after(x + self.second(torch.tanh(self.first(self.norm(x)))))
 
 
 def model_of(*norms: nn.Module) -> tuple[nn.Module, dict[str, Adapter]]:
     torch.manual_seed(0)
     model, denoiser = nn.Module(), nn.Module()
-    denoiser.blocks = nn.ModuleList(Block(norm) for norm in norms)
+    denoiser.blocks = nn.ModuleList(Block(*pair) for pair in zip(norms[::2], norms[1::2], strict=True))
     model.diffusion_model = denoiser.requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     adapters = {}
@@ -65,7 +66,7 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bool) -> None:
     losses = {}
     for dtype in (torch.float32, torch.float16):  # bfloat16 is computed in float32 where it is slow
-        model, adapters = model_of(nn.Identity(), nn.Identity())
+        model, adapters = model_of(*(nn.Identity() for _ in range(4)))
         model.to(dtype)
         x, target = torch.randn(2, 32, WIDTH).to(dtype)
         weights = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
@@ -86,7 +87,7 @@ def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bo
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_weights_that_share_a_place(checkpointing: bool) -> None:
-    place, values, gradients = torch.empty(WIDTH), (0.5, 2.0, 1.5), []
+    place, values, gradients = torch.empty(WIDTH), (0.5, 2.0, 1.5, 0.8), []
     x = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(2))
     still = [nn.RMSNorm(WIDTH) for _ in values]
     for norm, value in zip(still, values, strict=True):
