@@ -28,6 +28,8 @@ _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.co
 _MISSING = object()
 _GIVES_FLOAT32 = "out_dtype" in (torch.mm.__doc__ or "")
 """Whether products of bfloat16 come in float32 where they are made, which saves a pass; since torch 2.8, on CUDA."""
+WIDE = 2**18
+"""Elements of a weight that are brought to float32 at a time, where a processor is slow otherwise."""
 
 
 # -- which layers ----------------------------------------------------------------------------------------------
@@ -159,7 +161,8 @@ class _Frozen(torch.autograd.Function):
         grad = _fast(grad.to(ctx.dtype))
         saved = ctx.saved_tensors
         if not saved:
-            return (layer.input_gradient(grad, ctx.size).to(ctx.dtype) if needs_x else None), None, None, None
+            alone = layer.input_gradient(grad, ctx.size, ctx.dtype).to(ctx.dtype) if needs_x else None
+            return alone, None, None, None
         rows_MI, inner_RM = saved
         rows_MI = _fast(rows_MI)
         down, up = layer.factors(grad.dtype)
@@ -169,7 +172,7 @@ class _Frozen(torch.autograd.Function):
             grad_inner_RM *= layer.scale
         grad_x = None
         if needs_x:
-            grad_x = layer.input_gradient(grad_MO, rows_MI.shape)
+            grad_x = layer.input_gradient(grad_MO, rows_MI.shape, ctx.dtype)
             grad_x = grad_x.addmm_(grad_inner_RM.t(), down).reshape(ctx.size).to(ctx.dtype)
         if grad.is_cuda:
             grad_up = _product(grad_MO.t(), inner_RM.t())
@@ -194,6 +197,39 @@ def _is_slow(x: Tensor) -> bool:
 def _fast(x: Tensor) -> Tensor:
     """``x`` in a type that its processor multiplies."""
     return x.float() if _is_slow(x) else x
+
+
+def _widened(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer in float32, whose weight never lies there whole."""
+    output = x.new_empty(*x.shape[:-1], len(weight_OI), dtype=torch.float32)
+    rows, wide_MI = output.view(-1, len(weight_OI)), x.detach().reshape(-1, x.shape[-1]).float()
+    some = max(1, WIDE // weight_OI.shape[1])
+    for part_MO, part_OI in zip(rows.split(some, 1), weight_OI.detach().split(some), strict=True):
+        torch.mm(wide_MI, part_OI.float().t(), out=part_MO)
+    return output if bias is None else output.add_(bias.detach())
+
+
+def _times_widened(grad: Tensor, weight_OI: Tensor) -> Tensor:
+    """The product in float32, as `_widened`."""
+    result = grad.new_zeros(*grad.shape[:-1], weight_OI.shape[1], dtype=torch.float32)
+    rows_MI, grad_MO = result.view(-1, weight_OI.shape[1]), grad.reshape(-1, grad.shape[-1])
+    some = max(1, WIDE // weight_OI.shape[1])
+    for part_MO, part_OI in zip(grad_MO.split(some, 1), weight_OI.detach().split(some), strict=True):
+        rows_MI.addmm_(part_MO, part_OI.float())
+    return result
+
+
+def _convolution_input_gradient(grad: Tensor, size: Any, weight: Tensor, shape: Shape) -> Tensor:
+    """Gradient of an input of ``size``; the weight is brought to the type of ``grad`` some channels at a time."""
+    of_size = _INPUT_GRADIENTS[len(shape.kernel) - 1]
+    channels = weight.shape[1]
+    some = channels if weight.dtype == grad.dtype else max(1, WIDE * channels // weight.numel())
+    parts = [
+        of_size([size[0], part.shape[1], *size[2:]], part.to(grad.dtype), grad,
+                shape.stride, shape.padding, shape.dilation)
+        for part in weight.split(some, 1)
+    ]  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _like(x: Tensor, output: Tensor) -> Tensor:
@@ -236,8 +272,7 @@ class Layer:
         held = self.held
         ready = held is not None and held[0].dtype == x.dtype and held[0].device == x.device
         if held is not None and ready:
-            wide, (weight, bias) = _fast(x), held
-            output = F.linear(wide, weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype))
+            output = _widened(x, *held) if _is_slow(x) else F.linear(x, *held)
         else:
             exact = x.dtype == torch.float32 and hasattr(self.module, "quant_format")
             output = self._dequantised(x) if exact else self.base(x)
@@ -284,15 +319,14 @@ class Layer:
         weight, _, release = _fetched(module, dtype, device)
         return _plain(weight, dtype), release
 
-    def input_gradient(self, grad: Tensor, size: Any) -> Tensor:
-        """Gradient of an input of ``size`` from that of the output."""
-        weight, release = self.weight(grad.dtype, grad.device)
+    def input_gradient(self, grad: Tensor, size: Any, dtype: torch.dtype) -> Tensor:
+        """Gradient of an input of ``size`` and ``dtype`` from that of the output, which `_fast` may have widened."""
+        weight, release = self.weight(dtype, grad.device)
         shape = self.shape
         try:
             if shape.kernel:
-                of_size = _INPUT_GRADIENTS[len(shape.kernel) - 1]
-                return of_size(size, weight, grad, shape.stride, shape.padding, shape.dilation)
-            result = grad @ weight
+                return _convolution_input_gradient(grad, size, weight, shape)
+            result = grad @ weight if weight.dtype == grad.dtype else _times_widened(grad, weight)
         finally:  # also when memory is short
             release()
         smoothing = getattr(self.module, "pre_quant_scale", None)  # some quantised layers scale their input

@@ -1,9 +1,11 @@
 """Frozen layers with adapters, in models of plain torch modules: what ComfyUI's own have in common with them."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from diffusion_trainer.diffusion_nodes import lora_layers
 from diffusion_trainer.diffusion_nodes.lora_layers import attached, shape_of, targets
 from diffusion_trainer.utils.adapter_layers import Adapter, new_adapter
 from torch import Tensor, nn
@@ -103,3 +105,28 @@ def test_gradients_of_weights_that_share_a_place(checkpointing: bool) -> None:
         assert all("weight_function" not in vars(norm) for norm in norms)
     for wanted, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("wide", [1, 40, 2**18])
+def test_weights_widened_in_parts_give_what_they_give_whole(monkeypatch, wide, stride):
+    """As on a CPU that is slow in bfloat16, against float64."""
+    monkeypatch.setattr(lora_layers, "WIDE", wide)
+    monkeypatch.setattr(lora_layers, "_multiplies_bfloat16", lambda: False)
+    torch.manual_seed(3)
+    convolution = nn.Conv2d(5, 6, 3, stride=stride, padding=1)
+    for module, x in ((nn.Linear(WIDTH, 24), torch.randn(2, 3, WIDTH)), (convolution, torch.randn(2, 5, 8, 8))):
+        module.to(torch.bfloat16).requires_grad_(False)
+        x = x.to(torch.bfloat16).requires_grad_()
+        shape = shape_of(module)
+        assert shape is not None
+        layer = lora_layers.Layer(module, shape, None)
+        layer.hold()
+        output = layer(x)
+        weight_of_output = torch.randn_like(output)
+        (grad,) = torch.autograd.grad(output, x, weight_of_output)
+        exact_x = x.detach().double().requires_grad_()
+        exact = copy.deepcopy(module).double()(exact_x)
+        (exact_grad,) = torch.autograd.grad(exact, exact_x, weight_of_output.double())
+        torch.testing.assert_close(output.double(), exact, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(grad.double(), exact_grad, atol=0.02, rtol=0.01)
