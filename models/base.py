@@ -361,7 +361,7 @@ class Family(ABC):
 
     @abstractmethod
     def denoiser_reader(self) -> Callable[[str], torch.Tensor]:
-        """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision."""
+        """Reads a parameter of the denoiser by its name: on the CPU, in the file's precision; from several threads."""
 
     def load_denoiser(
         self,

@@ -158,6 +158,8 @@ class Loop:
             self._finished_at = started
         else:
             self._report(before)
+        if not self.watch.steps:  # people wait for a first sign; the next step has graphs to record, and takes long
+            self._settle()
 
     def _follow(self, loss: torch.Tensor, learning_rate: float, batches: Sequence[Batch]) -> _Running:
         num_samples = sum(len(batch.target) for batch in batches) * self.world.size // self.settings.pipeline_stages

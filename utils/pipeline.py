@@ -175,6 +175,9 @@ class Engine(PipelineEngine):
         elif not self.module.copies:  # copies that run ahead would have to end with each pass
             self._stage_graphs = StageGraphs(self._stage)
 
+    def register_compile_pass(self, *unused: Any) -> None:
+        """Of DeepSpeed's own compiler, which is not used; with a GPU, importing it takes two seconds."""
+
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """One optimizer step over the micro-batches of ``data_iter``; the mean loss over all ranks."""
         self.module.train()

@@ -32,20 +32,21 @@ class Watch:
         self._total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._usual: float | None = None
-        self._steps = 0
+        self.steps = 0
+        """That it was told of."""
         self._said_spilled = False
 
     def step(self, seconds: float) -> None:
         """A step took ``seconds``."""
-        self._steps += 1
-        if self._steps <= SETTLED:
+        self.steps += 1
+        if self.steps <= SETTLED:
             return
         if self._total:
             self._look_at_memory()
         self._compare(seconds)
 
     def _look_at_memory(self) -> None:
-        if self._steps == SETTLED + 1 and self._planned is not None:
+        if self.steps == SETTLED + 1 and self._planned is not None:
             try:
                 planned = self._planned()
             except (RuntimeError, SettingsError) as error:  # an operator that needs values; no reason to end a training

@@ -12,8 +12,8 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from . import storage as stored
+    from . import upload
     from .storage import Storage
 else:
     accelerate, safetensors, torch, nn = (lazy(name) for name in ("accelerate", "safetensors", "torch", "torch.nn"))
-    stored = lazy(__name__.rpartition(".")[0] + ".storage")
+    stored, upload = (lazy(__name__.rpartition(".")[0] + name) for name in (".storage", ".upload"))
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 SCALES = (".scale_weight", ".weight_scale")
@@ -303,7 +304,7 @@ def fill(
     Parameters that are one object under several names stay one.
 
     Args:
-        read: The value of a parameter, by its name in ``module``.
+        read: The value of a parameter, by its name in ``module``; for a GPU it is called in several threads.
         device: The meta device: dtypes and storage alone, nothing is read.
         float32: Parameters with one of these in their name are kept in float32.
         storage: How linear layers are stored; left out: in ``dtype``.
@@ -316,17 +317,20 @@ def fill(
     held = _Held(module, dtype, float32, storage)
     if (count := _counted.get()) and count.is_open:
         count.total += held_bytes(module, dtype, float32, storage, only)
+    wanted = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if only is None or p in only]
+    firsts: dict[nn.Parameter, str] = {}
+    for name, parameter in wanted:
+        firsts.setdefault(parameter, name)
     filled: dict[nn.Parameter, nn.Parameter] = {}
-    for name, parameter in list(module.named_parameters(remove_duplicate=False)):
-        if only is not None and parameter not in only:
-            continue
-        if parameter not in filled:
-            value = parameter.detach() if device.type == "meta" else read(name)
-            filled[parameter] = _filled(held, name, parameter, value, device)
-            if count:
-                count.add(held.num_bytes(name, parameter))
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, filled[parameter])
+    with closing(_values(read, firsts.values(), device)) as values:
+        for name, parameter in wanted:
+            if parameter not in filled:
+                value = parameter.detach() if device.type == "meta" else next(values)
+                filled[parameter] = _filled(held, name, parameter, value, device)
+                if count:
+                    count.add(held.num_bytes(name, parameter))
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, filled[parameter])
     for name, buffer in list(module.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight_scale":  # is where its weight is
@@ -336,11 +340,20 @@ def fill(
         stored.hide_weights(module)
 
 
+def _values(
+    read: Callable[[str], torch.Tensor], names: Iterable[str], device: torch.device
+) -> Generator[torch.Tensor, None, None]:
+    if device.type == "cuda":
+        yield from upload.uploaded(read, names, device)
+    else:
+        yield from map(read, names)
+
+
 def _filled(held: _Held, name: str, parameter: nn.Parameter, value: torch.Tensor, device: torch.device) -> nn.Parameter:
     if value.shape != parameter.shape:
         raise ValueError(f"'{name}' should have shape {tuple(parameter.shape)}, got {tuple(value.shape)}")
     if held.storage and held.is_stored(name):
         layer: Any = held.module.get_submodule(name.rpartition(".")[0])
         return layer.store(value.to(device), held.storage.dtype, getattr(value, "stored_scale", None))
-    # A copy even where nothing changes: the value may be a view of the mapped file.
-    return nn.Parameter(value.to(device, held.precision(name), copy=True).contiguous())
+    # A copy even where nothing changes, unless it is one already: the value may be a view of the mapped file.
+    return nn.Parameter(value.to(device, held.precision(name), copy=device.type != "cuda").contiguous())
