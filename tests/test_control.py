@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusion_trainer.diffusion_nodes.train import describe
 from diffusion_trainer.utils.control import Control
+from diffusion_trainer.utils.loop import Loop
 from diffusion_trainer.utils.run_folder import Command, RunFolder, Status
 from training import Bench, Result, free_port, world
 
@@ -194,6 +195,7 @@ import conftest
 from pathlib import Path
 from diffusion_trainer.diffusion_nodes.train import describe
 from diffusion_trainer.utils.control import Control
+from diffusion_trainer.utils.loop import Loop
 from diffusion_trainer.utils.progress import Stopped
 from diffusion_trainer.utils.run_folder import RunFolder, Status
 from diffusion_trainer.utils.world import join_world
@@ -231,3 +233,15 @@ def test_all_ranks_stop_while_caching_when_one_is_asked(tmp_path: Path) -> None:
     said = [rank.communicate(timeout=240)[0].decode().splitlines()[-1].split() for rank in ranks]
     assert [words[0] for words in said] == ["stopped"] * 3
     assert int(said[1][1]) < 300
+
+
+def test_the_first_step_is_told_when_it_is_done_and_later_ones_a_step_later(bench: Bench, monkeypatch) -> None:
+    told, usual = [], Loop._step
+
+    def step(loop: Loop, *arguments) -> None:
+        told.append(loop.control.status.step)
+        usual(loop, *arguments)
+
+    monkeypatch.setattr(Loop, "_step", step)
+    bench.train(max_steps=4)
+    assert told == [0, 1, 1, 2]
