@@ -8,30 +8,33 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from functools import partial
 
 import torch
 from torch import Tensor
 
 THREADS = 4
-AHEAD = 6
-"""Values that are read before they are asked for."""
+AHEAD = 2**30
+"""Bytes, at most, of values that are read before they are asked for: they stand beside the weights on the GPU."""
 PIECE = 2**23
 """Bytes copied at a time; each thread has two such places."""
 
 
 def uploaded(
-    read: Callable[[str], Tensor], names: Iterable[str], device: torch.device
+    read: Callable[[str], Tensor], sizes: Mapping[str, int], device: torch.device
 ) -> Generator[Tensor, None, None]:
     """What ``read`` gives for each name, in their order, as tensors of their own on ``device``.
 
     Args:
         read: Is called in several threads.
-        device: A GPU.
+        sizes: By name, how many bytes its value has at most.
+        device: A GPU; on the CPU it is a matter of threads alone.
     """
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    enter = partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # each thread has one of its own
     lane = _Lane(device)
 
     def value(name: str) -> Tensor:
@@ -41,14 +44,19 @@ def uploaded(
             result.stored_scale = scale  # type: ignore[attr-defined]
         return result
 
-    waiting = iter(names)
-    under_way: deque[Future[Tensor]] = deque()
-    pool = ThreadPoolExecutor(THREADS, "upload", torch.cuda.set_device, (device,))
+    waiting = deque(sizes.items())
+    under_way: deque[tuple[int, Future[Tensor]]] = deque()
+    num_bytes = 0
+    pool = ThreadPoolExecutor(THREADS, "upload", enter)
     try:
-        under_way.extend(pool.submit(value, name) for name in islice(waiting, AHEAD))
-        while under_way:
-            found = under_way.popleft().result()
-            under_way.extend(pool.submit(value, name) for name in islice(waiting, 1))
+        while waiting or under_way:
+            while waiting and (not under_way or num_bytes + waiting[0][1] <= AHEAD):
+                name, size = waiting.popleft()
+                under_way.append((size, pool.submit(value, name)))
+                num_bytes += size
+            size, future = under_way.popleft()
+            found = future.result()
+            num_bytes -= size
             yield found
     finally:
         pool.shutdown(cancel_futures=True)
@@ -59,6 +67,8 @@ class _Lane(threading.local):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        if device.type != "cuda":
+            return
         self._stream = torch.cuda.Stream(device)
         self._places = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._done: list[torch.cuda.Event | None] = [None, None]
@@ -66,7 +76,7 @@ class _Lane(threading.local):
     def upload(self, value: Tensor) -> Tensor:
         """A copy on the device; done when this returns."""
         value = value.detach()
-        if value.is_cuda:
+        if value.device.type == self._device.type:
             return value.to(self._device, copy=True)
         result = torch.empty(value.shape, dtype=value.dtype, device=self._device)
         source, target = (tensor.reshape(-1).view(torch.uint8) for tensor in (value.contiguous(), result))

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Container, Generator, Iterable, Iterator
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -322,7 +322,7 @@ def fill(
     for name, parameter in wanted:
         firsts.setdefault(parameter, name)
     filled: dict[nn.Parameter, nn.Parameter] = {}
-    with closing(_values(read, firsts.values(), device)) as values:
+    with closing(_values(read, firsts, device)) as values:
         for name, parameter in wanted:
             if parameter not in filled:
                 value = parameter.detach() if device.type == "meta" else next(values)
@@ -341,12 +341,14 @@ def fill(
 
 
 def _values(
-    read: Callable[[str], torch.Tensor], names: Iterable[str], device: torch.device
+    read: Callable[[str], torch.Tensor], parameters: Mapping[nn.Parameter, str], device: torch.device
 ) -> Generator[torch.Tensor, None, None]:
     if device.type == "cuda":
-        yield from upload.uploaded(read, names, device)
+        widest = torch.float32.itemsize  # of what files hold, and of what is read of quantised ones
+        sizes = {name: parameter.numel() * widest for parameter, name in parameters.items()}
+        yield from upload.uploaded(read, sizes, device)
     else:
-        yield from map(read, names)
+        yield from map(read, parameters.values())
 
 
 def _filled(held: _Held, name: str, parameter: nn.Parameter, value: torch.Tensor, device: torch.device) -> nn.Parameter:
