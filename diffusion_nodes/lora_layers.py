@@ -199,6 +199,11 @@ def _fast(x: Tensor) -> Tensor:
     return x.float() if _is_slow(x) else x
 
 
+def _like(x: Tensor, output: Tensor) -> Tensor:
+    """The output for ``x`` as a layer gives it, if `_fast` has widened it."""
+    return output.to(x.dtype) if _is_slow(x) else output
+
+
 def _widened(x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
     """The linear layer in float32, whose weight never lies there whole."""
     output = x.new_empty(*x.shape[:-1], len(weight_OI), dtype=torch.float32)
@@ -230,11 +235,6 @@ def _convolution_input_gradient(grad: Tensor, size: Any, weight: Tensor, shape: 
         for part in weight.split(some, 1)
     ]  # fmt: skip
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _like(x: Tensor, output: Tensor) -> Tensor:
-    """The output for ``x`` as a layer gives it, if `_fast` has widened it."""
-    return output.to(x.dtype) if _is_slow(x) else output
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:

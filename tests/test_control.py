@@ -195,7 +195,6 @@ import conftest
 from pathlib import Path
 from diffusion_trainer.diffusion_nodes.train import describe
 from diffusion_trainer.utils.control import Control
-from diffusion_trainer.utils.loop import Loop
 from diffusion_trainer.utils.progress import Stopped
 from diffusion_trainer.utils.run_folder import RunFolder, Status
 from diffusion_trainer.utils.world import join_world

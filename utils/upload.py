@@ -1,7 +1,7 @@
 """Values on their way to a GPU: several threads read them ahead and copy them through pinned memory.
 
-A copy out of a mapped file takes one thread's time twice, to read the pages and to copy them to where the driver can
-send them from; that is far less than disks of today and the bus give.
+One thread that copies out of a mapped file to a GPU does in turns what can go on at once: the pages are read, the
+driver copies them to memory that it can send from, and sends them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 THREADS = 4
 AHEAD = 2**30
-"""Bytes, at most, of values that are read before they are asked for: they stand beside the weights on the GPU."""
+"""Bytes of values that are read before they are asked for, if it is not one alone that has more: they stand beside
+the weights on the GPU."""
 PIECE = 2**23
 """Bytes copied at a time; each thread has two such places."""
 
@@ -29,7 +30,7 @@ def uploaded(
 
     Args:
         read: Is called in several threads.
-        sizes: By name, how many bytes its value has at most.
+        sizes: By name, how many bytes to reckon with.
         device: A GPU; on the CPU it is a matter of threads alone.
     """
     if device.type == "cuda" and device.index is None:

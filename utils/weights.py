@@ -344,7 +344,7 @@ def _values(
     read: Callable[[str], torch.Tensor], parameters: Mapping[nn.Parameter, str], device: torch.device
 ) -> Generator[torch.Tensor, None, None]:
     if device.type == "cuda":
-        widest = torch.float32.itemsize  # of what files hold, and of what is read of quantised ones
+        widest = torch.float32.itemsize  # what quantised files are read as; float64 is rare, and merely takes more
         sizes = {name: parameter.numel() * widest for parameter, name in parameters.items()}
         yield from upload.uploaded(read, sizes, device)
     else:
