@@ -22,7 +22,9 @@ from torch.nn import functional as F
 from torch.nn import grad as conv_grad
 
 from ..utils.adapter_layers import Adapter, Lora, Shape
-from .lora_recompute import Recomputed, on_copies
+from .lora_norms import forward_of
+from .lora_recompute import Copies, Recomputed
+from .lora_weights import computes_as, dequantised, fetch, nothing, weight_of
 
 _INPUT_GRADIENTS = (conv_grad.conv1d_input, conv_grad.conv2d_input, conv_grad.conv3d_input)
 _MISSING = object()
@@ -117,13 +119,6 @@ def _parts(block: nn.Module) -> list[nn.Module]:
         part for child in block.children() for part in (getattr(child, "transformer_blocks", None) or [child])
         if not isinstance(part, nn.Identity)
     ]  # fmt: skip
-
-
-def _is_usual_linear(module: nn.Module) -> bool:
-    """Whether the layer's forward is that of torch or of ComfyUI, and nobody else's."""
-    forward: Any = type(module).forward
-    is_theirs = forward.__module__ in ("comfy.ops", "torch.nn.modules.linear") and isinstance(module, nn.Linear)
-    return is_theirs and not hasattr(module, "quant_format") and "forward" not in vars(module)
 
 
 # -- one layer -------------------------------------------------------------------------------------------------
@@ -282,17 +277,17 @@ class Layer:
 
     def _dequantised(self, x: Tensor) -> Tensor:
         """The output of a quantised layer in float32; its own kernels may round the input, or know no float32."""
-        weight, bias, release = _fetched(self.module, x.dtype, x.device)
+        weight, bias, release = fetch(self.module, x.dtype, x.device)
         smoothing = getattr(self.module, "pre_quant_scale", None)
         try:
-            return F.linear(x if smoothing is None else x * smoothing.to(x), _plain(weight, x.dtype), bias)
+            return F.linear(x if smoothing is None else x * smoothing.to(x), dequantised(weight, x.dtype), bias)
         finally:
             release()
 
     def hold(self) -> None:
         """Keeps the weight at hand, if it is an ordinary one, ready for use, of a layer that computes as usual."""
         module: Any = self.module
-        if self.shape.kernel or not _is_usual_linear(module):
+        if self.shape.kernel or not computes_as(module, nn.Linear):
             return
         both = [value for value in (module.weight, module.bias) if value is not None]
         plain = all(type(value) in (nn.Parameter, Tensor) and value.dtype == both[0].dtype for value in both)
@@ -309,15 +304,9 @@ class Layer:
     def weight(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Callable[[], None]]:
         """The layer's weight as it takes part in the computation, dequantised if need be, and what is to be called
         after its last use."""
-        module: Any = self.module
         if self.held is not None and self.held[0].device == device:
-            return self.held[0].to(dtype), _nothing
-        plain: Any = getattr(module, "weight", None)
-        ready = type(plain) in (nn.Parameter, Tensor) and plain.dtype == dtype and plain.device == device
-        if ready and not getattr(module, "weight_function", None):
-            return plain, _nothing
-        weight, _, release = _fetched(module, dtype, device)
-        return _plain(weight, dtype), release
+            return self.held[0].to(dtype), nothing
+        return weight_of(self.module, dtype, device)
 
     def input_gradient(self, grad: Tensor, size: Any, dtype: torch.dtype) -> Tensor:
         """Gradient of an input of ``size`` and ``dtype`` from that of the output, which `_fast` may have widened."""
@@ -333,43 +322,19 @@ class Layer:
         return result if smoothing is None else result * smoothing.to(result)
 
 
-def _nothing() -> None:
-    """Lets go of nothing."""
-
-
-def _plain(weight: Any, dtype: torch.dtype) -> Tensor:
-    """Dequantised, if need be."""
-    quantised = hasattr(weight, "dequantize") and type(weight) is not Tensor
-    plain: Tensor = weight.dequantize() if quantised else weight
-    return plain.to(dtype)
-
-
-def _fetched(module: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, Tensor | None, Callable[[], None]]:
-    """Weight and bias of a layer as ComfyUI brings them to the device, and what tells it that they are not used any
-    more; until then they stay in the way of others."""
-    own = getattr(module, "cast_bias_weight", None)  # GGUF layers have their own
-    if own is not None:
-        return *own(dtype=dtype, device=device, bias_dtype=dtype)[:2], _nothing
-    import comfy.ops as ops
-
-    if not hasattr(ops, "uncast_bias_weight"):  # versions that hold nothing for it
-        return *ops.cast_bias_weight(module, dtype=dtype, device=device, bias_dtype=dtype), _nothing
-    fetched = ops.cast_bias_weight(module, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True)
-    return *fetched[:2], partial(ops.uncast_bias_weight, module, *fetched)
-
-
 # -- the whole model -------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def attached(
-    model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, *, checkpointing: bool
+    model: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype, copies: Copies, *, checkpointing: bool
 ) -> Iterator[Callable[[], None]]:
     """Inside, the model computes in ``dtype``, takes part in autograd and has the adapters.
 
     Args:
         model: ComfyUI's model, loaded. Outside it is exactly as it was, also after an error.
         adapters: They lie where it computes. Weights that do not are fetched by ComfyUI whenever a layer needs them.
+        copies: Whether norms and blocks get copies of their inputs; may change between two calls of the model.
         checkpointing: Blocks keep only their inputs and compute again in backward.
 
     Yields:
@@ -394,10 +359,10 @@ def attached(
                 with_lora.append(layer)
         for module in model.modules():
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
-                put(module, "forward", partial(on_copies, module.forward))
+                put(module, "forward", partial(copies.call, forward_of(module)))
         if checkpointing:
             for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
-                put(block, "forward", partial(Recomputed.run, block.forward))
+                put(block, "forward", partial(Recomputed.run, partial(copies.call, block.forward)))
         cast = _casting(with_lora, dtype)
         cast()
         yield cast
@@ -410,7 +375,7 @@ def _casting(layers: list[Layer], dtype: torch.dtype) -> Callable[[], None]:
     copies = factors if same else [torch.empty_like(factor, dtype=dtype) for factor in factors]
     for layer, down, up in zip(layers, copies[::2], copies[1::2], strict=True):
         layer.cast = down, up
-    return _nothing if same else partial(torch._foreach_copy_, copies, factors)
+    return nothing if same else partial(torch._foreach_copy_, copies, factors)
 
 
 def _put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:

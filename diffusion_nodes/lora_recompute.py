@@ -1,15 +1,36 @@
-"""Gradient checkpointing of a ComfyUI model's blocks: they keep their inputs and compute the rest again in backward."""
+"""Gradient checkpointing of a ComfyUI model's blocks: they keep their inputs and compute the rest again in backward.
+
+Models add to their residual in place, although a norm before it needs it as it was for its gradient and a block that
+is computed again must start from the same input. Where a model does that, autograd says so, and these work on copies.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+
+class Copies:
+    """Whether norms and recomputed blocks work on copies of their inputs."""
+
+    def __init__(self, made: bool = False) -> None:
+        self.made = made
+
+    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``forward`` makes of its inputs, or of copies of them."""
+        if not self.made:
+            return forward(*args, **kwargs)
+        return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
+
+    def would_help(self, error: RuntimeError) -> bool:
+        """Whether ``error``, of a step without copies, says that something was changed in place."""
+        return not self.made and bool(re.search("in-?place", str(error)))
 
 
 class Recomputed:
@@ -20,7 +41,7 @@ class Recomputed:
     """
 
     def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.forward, self.names = partial(on_copies, forward), tuple(kwargs)
+        self.forward, self.names = forward, tuple(kwargs)
         values = [*args, *kwargs.values()]
         self.at = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.others = [None if isinstance(value, Tensor) else value for value in values]
@@ -93,12 +114,6 @@ _UNLIKE = ("gradient_checkpointing: a block of this model computes something els
 
 def _never(_: None) -> Tensor:
     raise AssertionError("nothing goes backward through what is computed again")
-
-
-def on_copies(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Models add to their residual in place, although a norm before it needs it as it was for its gradient, and a
-    block that is computed again must start from the same input."""
-    return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
 
 
 def _copy(value: Any) -> Any:

@@ -23,6 +23,7 @@ from . import comfy
 from .lora_files import STEPS_KEY, Existing, TrainedLora, optimizer_state, restore_optimizer, state_of
 from .lora_layers import attached, shape_of, targets
 from .lora_objective import draw_sigmas, loss, noisy
+from .lora_recompute import Copies
 from .lora_samples import (
     Conditioning,
     Sample,
@@ -159,6 +160,7 @@ class _Run:
         self.patcher = _with_kept(model, existing.kept)
         self.device: torch.device = self.patcher.load_device
         self.dtype = DTYPES[settings.training_dtype]
+        self.copies = Copies()
         self.losses: list[float] = []
         self.done = 0
         self.rate = 0.0
@@ -268,10 +270,12 @@ class _Run:
     def _until(self, stop: int) -> None:
         settings, patcher = self.settings, self.patcher
         keep = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+        offloads = settings.offloading and self.device.type != "cpu"  # autograd does not watch over what is kept so
         with ExitStack() as inside:
             refresh = inside.enter_context(attached(
-                patcher.model, self.adapters, self.dtype, checkpointing=settings.gradient_checkpointing))  # fmt: skip
-            inside.enter_context(keep if settings.offloading else nullcontext())
+                patcher.model, self.adapters, self.dtype, self.copies,
+                checkpointing=settings.gradient_checkpointing))  # fmt: skip
+            inside.enter_context(keep if offloads else nullcontext())
             while self.done < stop:
                 comfy.check_interrupted()
                 value = self._step()
@@ -282,19 +286,13 @@ class _Run:
 
     def _step(self) -> float:
         settings = self.settings
-        draws = generator(settings.seed, "step", self.steps)
         drawn = [next(self.order) for _ in range(settings.gradient_accumulation)]
-        losses = []
-        for part in (part for batch in drawn for part in self._losses(batch, draws)):
-            value = part / settings.gradient_accumulation
-            if not value.requires_grad:
-                raise SettingsError(
-                    "model: no gradient comes through it, because something computes its layers in another way "
-                    "(compiled, or quantised by another package); load it with ComfyUI's own loader, or GGUF's"
-                )
-            value.backward()
-            losses.append(value.detach())
-        total = torch.stack(losses).sum().item()
+        total = self._gradients(drawn)
+        if total is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.copies.made = True
+            total = self._gradients(drawn)
+        assert total is not None, "with copies an error is one"
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"training: the loss of step {self.steps + 1} is {total}; lower learning_rate, or choose fp32 as "
@@ -307,6 +305,26 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total
+
+    def _gradients(self, drawn: list[list[int]]) -> float | None:
+        """Loss of these batches, and its gradients; None if the model needs copies that were not made."""
+        draws = generator(self.settings.seed, "step", self.steps)
+        losses = []
+        try:
+            for part in (part for batch in drawn for part in self._losses(batch, draws)):
+                value = part / len(drawn)
+                if not value.requires_grad:
+                    raise SettingsError(
+                        "model: no gradient comes through it, because something computes its layers in another way "
+                        "(compiled, or quantised by another package); load it with ComfyUI's own loader, or GGUF's"
+                    )
+                value.backward()
+                losses.append(value.detach())
+        except RuntimeError as error:
+            if self.copies.would_help(error):
+                return None
+            raise
+        return torch.stack(losses).sum().item()
 
     def _losses(self, batch: list[int], draws: torch.Generator) -> Iterator[Tensor]:
         """Parts of the mean loss over the batch; conditions of unlike sizes are computed one after another."""

@@ -7,8 +7,11 @@ import pytest
 import torch
 from diffusion_trainer.diffusion_nodes import lora_layers
 from diffusion_trainer.diffusion_nodes.lora_layers import attached, shape_of, targets
+from diffusion_trainer.diffusion_nodes.lora_norms import forward_of
+from diffusion_trainer.diffusion_nodes.lora_recompute import Copies
 from diffusion_trainer.utils.adapter_layers import Adapter, new_adapter
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 WIDTH = 16
@@ -74,7 +77,7 @@ def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bo
         weights = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=0.02, fused=fused)
         found = losses[dtype] = []
-        with attached(model, adapters, dtype, checkpointing=checkpointing) as refresh:
+        with attached(model, adapters, dtype, Copies(made=True), checkpointing=checkpointing) as refresh:
             for _ in range(40):
                 loss = (run(model, x) - target).float().square().mean()
                 loss.backward()
@@ -100,11 +103,46 @@ def test_gradients_of_weights_that_share_a_place(checkpointing: bool) -> None:
         with torch.no_grad():
             for weight in weights:
                 weight += 0.1
-        with attached(model, adapters, torch.float32, checkpointing=checkpointing):
+        with attached(model, adapters, torch.float32, Copies(made=True), checkpointing=checkpointing):
             gradients.append(torch.autograd.grad(run(model, x).square().sum(), weights))
         assert all("weight_function" not in vars(norm) for norm in norms)
     for wanted, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_an_rms_norm_keeps_its_input_alone(weighs: bool, dtype: torch.dtype) -> None:
+    """Against float64."""
+    torch.manual_seed(4)
+    norm = nn.RMSNorm(WIDTH, eps=1e-2, elementwise_affine=weighs).requires_grad_(False)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x, weight_of_output = (torch.randn(2, 3, WIDTH).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    norm.to(dtype)
+    exact_x = x.detach().double().requires_grad_()
+    exact = copy.deepcopy(norm).double()(exact_x)
+    (exact_grad,) = torch.autograd.grad(exact, exact_x, weight_of_output.double())
+    kept = []
+    untouched = weight_of_output.clone()
+    with saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        output = forward_of(norm)(x)
+    (grad,) = torch.autograd.grad(output, x, weight_of_output)
+    assert [value.data_ptr() for value in kept] == [x.data_ptr()]
+    assert torch.equal(weight_of_output, untouched) and grad.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(output.double(), exact, **tolerance)
+    torch.testing.assert_close(grad.double(), exact_grad, **tolerance)
+
+
+def test_a_norm_of_another_kind_is_left_alone() -> None:
+    class Other(nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    for norm in (Other(WIDTH, eps=1e-6), nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH), nn.RMSNorm((2, WIDTH), eps=1e-6)):
+        assert forward_of(norm) == norm.forward
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -1,8 +1,10 @@
 """Blocks that compute again in backward: the same gradients, and nothing kept but their inputs."""
 
+from functools import partial
+
 import pytest
 import torch
-from diffusion_trainer.diffusion_nodes.lora_recompute import Recomputed
+from diffusion_trainer.diffusion_nodes.lora_recompute import Copies, Recomputed
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -26,7 +28,9 @@ def gradients(block: Block, recompute: bool) -> list[Tensor]:
     torch.manual_seed(0)
     x, shift = torch.randn(4, 8, requires_grad=True), torch.randn(16, requires_grad=True)
     given = {"shift": shift, "factor": 0.5}
-    out, more = Recomputed.run(block, x * 1, **given) if recompute else block(x * 1, **given)
+    out, more = (
+        Recomputed.run(partial(Copies(made=True).call, block), x * 1, **given) if recompute else block(x * 1, **given)
+    )
     loss = out.square().sum() + more.sum()
     return list(torch.autograd.grad(loss, [x, shift, *block.parameters()]))
 
@@ -74,6 +78,31 @@ def test_a_block_that_spoils_what_its_gradient_needs_is_told() -> None:
     out = Recomputed.run(spoils, torch.randn(3, requires_grad=True) * 1)
     with pytest.raises(RuntimeError, match="inplace"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_spoils_its_input_is_told_that_copies_would_help(recompute: bool) -> None:
+    copies = Copies()
+    norm = partial(copies.call, torch.nn.LayerNorm(3))
+
+    def changes(x: Tensor) -> Tensor:
+        normed = norm(x)
+        x += 1
+        return normed * 2 + x
+
+    def gradient() -> Tensor:
+        x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        out = Recomputed.run(partial(copies.call, changes), x * 1) if recompute else changes(x * 1)
+        return torch.autograd.grad(out.square().sum(), x)[0]
+
+    with pytest.raises(RuntimeError) as told:
+        gradient()
+    assert copies.would_help(told.value) and not Copies(made=True).would_help(told.value)
+    assert not copies.would_help(RuntimeError("CUDA out of memory"))
+    copies.made = True
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (torch.nn.functional.layer_norm(x, (3,)) * 2 + x + 1).square().sum().backward()
+    torch.testing.assert_close(gradient(), x.grad)
 
 
 def test_without_gradients_it_is_the_block() -> None:
