@@ -359,10 +359,10 @@ def attached(
                 with_lora.append(layer)
         for module in model.modules():
             if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
-                put(module, "forward", partial(copies.call, forward_of(module)))
+                put(module, "forward", partial(copies.for_norm, forward_of(module)))
         if checkpointing:
             for block in blocks(model)[:-1]:  # what the last one keeps is needed at once
-                put(block, "forward", partial(Recomputed.run, partial(copies.call, block.forward)))
+                put(block, "forward", partial(Recomputed.run, partial(copies.for_block, block.forward)))
         cast = _casting(with_lora, dtype)
         cast()
         yield cast

@@ -21,12 +21,22 @@ class Copies:
 
     def __init__(self, made: bool = False) -> None:
         self.made = made
+        self.tried = False
+        """Whether it is known that none are needed, or that they are."""
 
-    def call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``forward`` makes of its inputs, or of copies of them."""
-        if not self.made:
-            return forward(*args, **kwargs)
-        return forward(*map(_copy, args), **{key: _copy(value) for key, value in kwargs.items()})
+    def for_block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a recomputed block makes of its inputs, or of copies of them."""
+        return self._on(_copy, forward, args, kwargs) if self.made else forward(*args, **kwargs)
+
+    def for_norm(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a norm makes of its inputs, or of copies of them."""
+        if self.made:
+            return self._on(_copy, forward, args, kwargs)
+        return forward(*args, **kwargs) if self.tried else self._on(_alias, forward, args, kwargs)
+
+    @staticmethod
+    def _on(change: Callable[[Any], Any], forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*map(change, args), **{key: change(value) for key, value in kwargs.items()})
 
     def would_help(self, error: RuntimeError) -> bool:
         """Whether ``error``, of a step without copies, says that something was changed in place."""
@@ -46,7 +56,8 @@ class Recomputed:
         self.at = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
         self.others = [None if isinstance(value, Tensor) else value for value in values]
         start = torch.empty(0, requires_grad=True)  # makes autograd keep the inputs, by its own rules
-        self.inputs: Any = _Held.apply(start, *(values[index] for index in self.at))
+        self.differentiable = [values[index].requires_grad for index in self.at]
+        self.inputs: Any = _Held.apply(start, *(values[index].detach() for index in self.at))
         self.sizes: list[tuple[Any, torch.dtype]] = []
         self.again: list[tuple[Tensor, int] | None] | None = None
 
@@ -77,8 +88,8 @@ class Recomputed:
     def _compute_again(self) -> None:
         values, num_args = self.others, len(self.others) - len(self.names)
         # Before torch 2.13 the node keeps them only while its result lives, so that is what is held
-        for index, value in zip(self.at, self.inputs.grad_fn.saved_tensors, strict=True):
-            values[index] = value
+        for index, value, flag in zip(self.at, self.inputs.grad_fn.saved_tensors, self.differentiable, strict=True):
+            values[index] = value.detach().requires_grad_(flag)
         self.again = []
         with torch.enable_grad(), saved_tensors_hooks(self._keep, _never), suppress(_Enough):
             self.forward(*values[:num_args], **dict(zip(self.names, values[num_args:], strict=True)))
@@ -114,6 +125,26 @@ _UNLIKE = ("gradient_checkpointing: a block of this model computes something els
 
 def _never(_: None) -> Tensor:
     raise AssertionError("nothing goes backward through what is computed again")
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory as a tensor that does not become what its origin does.
+
+    A tensor that is changed in place with what depends on itself holds what it was made of, and that holds it. Only
+    a backward pass that succeeds would let go of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def _alias(value: Any) -> Any:
+    return _Alias.apply(value) if type(value) is Tensor and value.requires_grad else value  # type: ignore[no-untyped-call]
 
 
 def _copy(value: Any) -> Any:

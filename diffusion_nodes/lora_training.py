@@ -293,6 +293,7 @@ class _Run:
             self.copies.made = True
             total = self._gradients(drawn)
         assert total is not None, "with copies an error is one"
+        self.copies.tried = True
         if not math.isfinite(total):
             raise FloatingPointError(
                 f"training: the loss of step {self.steps + 1} is {total}; lower learning_rate, or choose fp32 as "

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import comfy.lora
@@ -127,6 +128,10 @@ def check_copies_are_made_where_a_model_needs_them() -> None:
                 lora_training.Copies = usual
             for key, value in lora.items():  # copies may lie otherwise in memory, which rounds otherwise
                 assert (value - always[key]).abs().max() < 1e-5, f"{family} {checkpointing}: {key}"
+    del model
+    gc.collect()
+    held = [one for one in gc.get_objects() if type(one).__name__ == "_FrozenBackward"]
+    assert not held, f"{len(held)} layers of a step that was done again are held"
     assert {copies.made for copies in made} == {True, False}, "some of these models need them, some do not"
 
 
