@@ -42,12 +42,11 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x.to(x.dtype), None, None
 
 
-_IN_ONE = hasattr(torch, "_fused_rms_norm")
-"""Whether torch has it as one operation on GPUs; since 2.9."""
-
-
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The module's ``forward``, with less to keep if it is an RMS norm that computes as usual."""
+    """The module's ``forward``, with less to keep if it is an RMS norm that computes as usual, on the CPU.
+
+    On GPUs torch has it as one operation.
+    """
     usual = computes_as(module, nn.RMSNorm)
     if not usual or module.eps is None or len(module.normalized_shape) != 1:  # type: ignore[arg-type]
         return module.forward
@@ -56,6 +55,6 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
 
 def _rms_norm(module: nn.Module, base: Callable[..., Tensor], x: Tensor) -> Tensor:
     kept = type(x) is Tensor and x.requires_grad and torch.is_grad_enabled()
-    if not kept or (x.is_cuda and _IN_ONE):
+    if not kept or x.device.type != "cpu":
         return base(x)
     return _RmsNorm.apply(x, module, base)  # type: ignore[no-any-return,no-untyped-call]

@@ -22,7 +22,7 @@ class Copies:
     def __init__(self, made: bool = False) -> None:
         self.made = made
         self.tried = False
-        """Whether it is known that none are needed, or that they are."""
+        """Whether a step has shown which it is; until then norms get aliases, see `_Alias`."""
 
     def for_block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a recomputed block makes of its inputs, or of copies of them."""

@@ -1,7 +1,8 @@
 """Trains a LoRA on a model that ComfyUI has loaded: the loop, without any node around it.
 
 Read in this order: lora_settings, lora_samples (what is trained on), lora_objective (the loss), adapter_layers and
-lora_layers (what is trained, and how it is put into the model), lora_files (what comes in and goes out), this.
+lora_layers (what is trained, and how it is put into the model; lora_weights, lora_norms and lora_recompute serve it),
+lora_files (what comes in and goes out), this.
 """
 
 from __future__ import annotations

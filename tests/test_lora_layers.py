@@ -77,7 +77,7 @@ def test_each_step_sees_what_those_before_learned(checkpointing: bool, fused: bo
         weights = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
         optimizer = torch.optim.AdamW(weights, lr=0.02, fused=fused)
         found = losses[dtype] = []
-        with attached(model, adapters, dtype, Copies(made=True), checkpointing=checkpointing) as refresh:
+        with attached(model, adapters, dtype, Copies(), checkpointing=checkpointing) as refresh:
             for _ in range(40):
                 loss = (run(model, x) - target).float().square().mean()
                 loss.backward()
@@ -103,7 +103,7 @@ def test_gradients_of_weights_that_share_a_place(checkpointing: bool) -> None:
         with torch.no_grad():
             for weight in weights:
                 weight += 0.1
-        with attached(model, adapters, torch.float32, Copies(made=True), checkpointing=checkpointing):
+        with attached(model, adapters, torch.float32, Copies(), checkpointing=checkpointing):
             gradients.append(torch.autograd.grad(run(model, x).square().sum(), weights))
         assert all("weight_function" not in vars(norm) for norm in norms)
     for wanted, found in zip(*gradients, strict=True):
