@@ -305,10 +305,12 @@ class Flux(FlowFamily):
         return weights.read if weights.path.is_dir() else partial(read_bfl, weights)
 
     def layers(self, denoiser: Any) -> list[Layer]:
-        """As `Family.layers`; the denoiser's attention is given its fused form, which pipelines run as well."""
-        from .flux_attention import FusedFluxAttention
+        """As `Family.layers`; the denoiser is given the forms of `flux_attention`, which pipelines run as well."""
+        from .flux_attention import FluxSingleTransformerBlock, FusedFluxAttention
 
         denoiser.set_attn_processor(FusedFluxAttention())
+        for block in denoiser.single_transformer_blocks:
+            block.__class__ = FluxSingleTransformerBlock
         embedders = ("x_embedder", "time_text_embed", "context_embedder", "pos_embed")
         embed = partial(_embed, has_guidance=denoiser.config.guidance_embeds)
         layers = [Layer("embed", embed, {name: getattr(denoiser, name) for name in embedders})]

@@ -1,4 +1,5 @@
-"""Flux's attention with its norms and rotary embedding as one operator, where there are kernels for it.
+"""Flux's attention with its norms and rotary embedding as one operator, where there are kernels for it; and its single
+block, cut so that compiled code joins the gradients.
 
 Shape legend: N batch, T tokens (text before image), H heads, D features of a head or of a token.
 """
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
@@ -71,3 +73,28 @@ def _projected(layers: Sequence[Any], x_NTD: Tensor, head_dim: int) -> list[Tens
 
 def _normed_rotated(parts: Sequence[Tensor], norms: Sequence[Any], angles: Angles) -> Tensor:
     return norm_rotate(list(parts), [norm.weight for norm in norms], *angles, norms[0].eps)
+
+
+class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
+    """As diffusers', but text and image come out by one split. Of its two slices torch.compile gives the gradients
+    to autograd, which fills two tensors of zeros, copies into each, and adds them up."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Angles | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text and image."""
+        joined_NTD = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        normed_NTD, gate_ND = self.norm(joined_NTD, emb=temb)
+        mlp_NTD = self.act_mlp(self.proj_mlp(normed_NTD))
+        attended_NTD = self.attn(normed_NTD, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+        added_NTD = gate_ND.unsqueeze(1) * self.proj_out(torch.cat([attended_NTD, mlp_NTD], dim=2))
+        joined_NTD = joined_NTD + added_NTD
+        if joined_NTD.dtype == torch.float16:
+            joined_NTD = joined_NTD.clip(-65504, 65504)
+        text_NTD, image_NTD = joined_NTD.split([encoder_hidden_states.shape[1], hidden_states.shape[1]], dim=1)
+        return text_NTD, image_NTD

@@ -127,6 +127,7 @@ FULL: dict[str, Any] = {"adapter": None, "model": {"dtype": "bfloat16"}, "save_d
 CASES: dict[str, dict[str, Any]] = {
     "average": {"activation_checkpointing": False, "ema_decay": 0.9},
     "swapped float8": {"blocks_to_swap": 3, "model": {"transformer_dtype": "float8"}},
+    "transposed": {"transposed_weights": True, "model": {"transformer_dtype": "float8", "quantized_matmul": True}},
     "offloaded": {"activation_checkpointing": "selective", "optimizer": {"type": "adamw8bit", "offload": True},
                   "ema_decay": 0.9},
     "all weights": FULL,

@@ -52,6 +52,8 @@ def dataset(**changes):
         ({"activation_checkpointing": "all"}, "activation_checkpointing: must be true, false, a number of blocks, 'selective' or 'unsloth', got 'all'"),  # noqa: E501
         ({"partition_method": "manual", "pipeline_stages": 3, "partition_split": [4]}, "partition_split: needs 2 numbers"),  # noqa: E501
         ({"model": {"type": "flux", "quantized_matmul": True, "transformer_dtype": "nf4"}}, "model.quantized_matmul: multiplies weights as they are stored"),  # noqa: E501
+        ({"transposed_weights": True}, "transposed_weights: only model.quantized_matmul has a use for them"),
+        ({"model": {"type": "flux", "quantized_matmul": True, "transformer_dtype": "int8"}, "transposed_weights": True, "blocks_to_swap": 1}, "transposed_weights: takes more memory for speed, and blocks_to_swap less"),  # noqa: E501
         ({"partition_method": "memory"}, "partition_method: must be cost, parameters, uniform"),
     ],
 )  # fmt: skip

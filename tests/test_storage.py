@@ -18,6 +18,7 @@ from diffusion_trainer.utils.storage import (
     quantise,
     stored_linear,
     stored_linear_backward,
+    use_storage,
 )
 from diffusion_trainer.utils.weights import Weights, build, fill
 from safetensors.torch import save_file
@@ -56,7 +57,8 @@ def random(*shape: int, seed: int = 0, requires_grad: bool = False) -> torch.Ten
 def test_layer_is_as_near_as_its_bits_allow(name: str, error: float) -> None:
     weight = random(32, 64) * torch.logspace(-6, 2, 32)[:, None]  # rows of any size
     layer, plain = nn.Linear(64, 32), nn.Linear(64, 32)
-    layer.__class__ = StoredLinear
+    use_storage(nn.Sequential(layer), Storage.named(name))
+    assert isinstance(layer, StoredLinear)
     dtype = Storage.named(name).dtype
     layer.store(weight, dtype)
     assert layer.weight.dtype == dtype
@@ -170,7 +172,7 @@ def test_quantised_products(quantised, dtype: torch.dtype, error: float, bias: b
     weight = random(48, 96, seed=1) * torch.logspace(-0.5, 0.5, 48)[:, None]
     offset = random(48, seed=4) if bias else None
     stored, scale = quantise(weight, dtype)
-    output = stored_linear(x, None, None, stored, scale, offset)
+    output = stored_linear(x, None, None, stored, scale, None, offset)
     exact = x @ weight.t() + (0 if offset is None else offset)
     (ours,) = torch.autograd.grad(output, x, grad)
     assert far_rows(output, exact) < error
@@ -194,7 +196,9 @@ class Adapted(torch.nn.Module):
         self.ups = [random(48, 4, seed=40 + n, requires_grad=True) for n in range(layers)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = lora_linears(x * 2, self.stored, self.scales, self.biases, self.downs, self.ups)
+        outputs = lora_linears(
+            x * 2, self.stored, self.scales, [None for _ in self.stored], self.biases, self.downs, self.ups
+        )
         return torch.stack([output * (n + 1) for n, output in enumerate(outputs)])
 
     def expected(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,14 +222,14 @@ def test_quantised_lora(quantised, dtype: torch.dtype, layers: int) -> None:
 
 @pytest.mark.parametrize("dtype", [FLOAT8, torch.int8])
 def test_compiled_code_quantises_by_itself(quantised, dtype: torch.dtype) -> None:
-    """The same as the operators do, but in the kernels that compute what is quantised."""
+    """The same as the operators do going forward, but in the kernels that compute what is quantised."""
     model, x, grad = Adapted(dtype, 2), random(64, 96, requires_grad=True), random(2, 64, 48, seed=5)
     inputs = (x, *model.downs, *model.ups)
 
     def run(call: Callable[[torch.Tensor], torch.Tensor]) -> tuple[list[torch.Tensor], set[str]]:
         with torch.profiler.profile() as profile:
-            values = [output := call(x), *torch.autograd.grad(output, inputs, grad)]
-        return values, {event.key for event in profile.key_averages()}
+            output = call(x)
+        return [output, *torch.autograd.grad(output, inputs, grad)], {event.key for event in profile.key_averages()}
 
     eager, of_eager = run(model)
     compiled = torch.compile(model, fullgraph=True)
@@ -242,7 +246,7 @@ def test_few_rows_are_multiplied_exactly(quantised) -> None:
     stored, scale = quantise(weight, FLOAT8)
     x = random(4, 96)
     torch.testing.assert_close(
-        stored_linear(x, None, None, stored, scale, None), x @ convert(stored, scale, torch.float32).t()
+        stored_linear(x, None, None, stored, scale, None, None), x @ convert(stored, scale, torch.float32).t()
     )
 
 
@@ -254,12 +258,32 @@ def test_training_with_quantised_products(bench: Bench) -> None:
     assert ours == pytest.approx(exact, rel=0.05)
 
 
+@pytest.mark.parametrize("adapter", [{}, {"exclude_modules": ["attn"]}], ids=["all adapted", "some"])
+def test_transposed_weights_are_kept_and_change_nothing(bench: Bench, adapter: dict, monkeypatch) -> None:
+    changes = {"epochs": 2, "adapter": adapter, "model": {"transformer_dtype": "float8", "quantized_matmul": True}}
+    plain = bench.train(**changes)
+    transpose, kept = kernels.transpose, list[torch.Tensor]()
+
+    def counted(weight: torch.Tensor) -> torch.Tensor:
+        assert not torch.is_grad_enabled() or not any(weight.data_ptr() == other.data_ptr() for other in kept)
+        kept.append(weight)
+        return transpose(weight)
+
+    monkeypatch.setattr(kernels, "transpose", counted)
+    ours = bench.train(**changes, transposed_weights=True)
+    assert ours.curve("loss") == plain.curve("loss")
+    assert ours.curve("grad_norm") == plain.curve("grad_norm")
+    assert len({weight.data_ptr() for weight in kept}) == len(kept)  # each once, none in a backward pass
+
+
 @pytest.mark.parametrize("name", ["int8", "nf4"])
 def test_operators_are_well_formed(name: str) -> None:
     stored, scale = quantise(random(48, 96), DTYPES[name])
     x = random(64, 96, requires_grad=True)
-    torch.library.opcheck(torch.ops.diffusion_trainer.stored_linear.default, (x, None, None, stored, scale, random(48)))
-    assert stored_linear_backward(random(64, 48), None, None, stored, scale).shape == (64, 96)
+    torch.library.opcheck(
+        torch.ops.diffusion_trainer.stored_linear.default, (x, None, None, stored, scale, None, random(48))
+    )
+    assert stored_linear_backward(random(64, 48), stored, scale, None).shape == (64, 96)
 
 
 @pytest.mark.gpu
@@ -300,7 +324,7 @@ def test_quantised_products_on_the_gpu(quantised, width: tuple[int, int], dtype:
     x = random(4608, inputs).cuda().bfloat16().requires_grad_()
     weight, bias = (random(outputs, inputs, seed=1) * 0.02).cuda(), random(outputs).cuda().bfloat16()
     stored, scale = quantise(weight, dtype)
-    output = stored_linear(x, None, None, stored, scale, bias)
+    output = stored_linear(x, None, None, stored, scale, None, bias)
     grad = random(4608, outputs, seed=2).cuda().bfloat16()
     assert far_rows(output.float(), x.float() @ weight.t() + bias.float()) < error
     assert far_rows(torch.autograd.grad(output, x, grad)[0].float(), grad.float() @ weight) < error

@@ -146,6 +146,7 @@ class _Stage:
             outputs = [*self._forward(given)]
             held, shapes = meter.now, [(t.shape, t.dtype, t.requires_grad) for t in outputs]
             sent = self._backward(outputs, target, loss)
+        gradients.let_go()
         del gradients
         for parameter in parameters.values():
             parameter.grad = None

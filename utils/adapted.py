@@ -76,11 +76,10 @@ class Adapted(nn.Module):
         return plain and not dropping and self.magnitude is None
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Of a LoRA: down and up with its scale, in ``dtype``."""
+        """Of a LoRA: down in ``dtype``, and up with its scale as it is kept."""
         adapter: Any = self.adapter
-        up = adapter.up.to(dtype)
         # The scale goes to the small matrix instead of the large output
-        return adapter.down.to(dtype), up if adapter.scale == 1.0 else up * adapter.scale
+        return adapter.down.to(dtype), adapter.up if adapter.scale == 1.0 else adapter.up * adapter.scale
 
     def _along_outputs(self, value_O: Tensor) -> Tensor:
         return value_O.view(-1, *[1] * len(self.adapter.shape.kernel))
@@ -149,8 +148,9 @@ class Together:
         bases: list[Any] = [member.base_layer for member in self._members]
         downs, ups = zip(*(member.matrices(x.dtype) for member in self._members), strict=True)
         scales = [getattr(base, "weight_scale", None) for base in bases]
+        transposed = [getattr(base, "weight_transposed", None) for base in bases]
         weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-        return lora_linears(x.flatten(0, -2), weights, scales, biases, downs, ups)
+        return lora_linears(x.flatten(0, -2), weights, scales, transposed, biases, downs, ups)
 
 
 def frozen_weight(layer: nn.Module) -> Tensor:

@@ -131,6 +131,8 @@ class Assembly:
             with self._loading(self.family.denoiser_bytes(denoiser, _parameters(mine))):
                 swap = self._load_weights(denoiser, layers, mine, costs)
             self._adapt(denoiser, rates)
+            if s.transposed_weights:
+                storage.keep_transposed(denoiser)
             links = layers = self.family.layers(denoiser)  # some of their modules may be adapted ones now
             if swap:
                 swap.bind()

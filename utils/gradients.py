@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+MOST_WAITING = 2**27
+"""Bytes of gradients that wait to be added."""
+
 
 class Gradients:
     """The gradients of some parameters in one piece of memory per dtype: emptied, reduced and measured at once.
+
+    A backward pass adds many of them by one kernel: adapters have a thousand small ones. The parameters' own
+    ``grad`` is None.
 
     Args:
         dtype: What gradients of micro-batches are summed in; left out: each in its parameter's own.
@@ -19,6 +26,9 @@ class Gradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> None:
         self._flat: list[torch.Tensor] = []
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._bytes = 0
+        self._hooks: list[Any] = []
         self.views: dict[str, torch.Tensor] = {}
         """The gradient of each parameter, by name."""
         kinds = {name: dtype or parameter.dtype for name, parameter in parameters.items()}
@@ -28,11 +38,32 @@ class Gradients:
             flat = torch.zeros(sum(sizes), dtype=kind, device=next(iter(group.values())).device)
             for (name, parameter), part in zip(group.items(), flat.split(sizes), strict=True):
                 self.views[name] = part.view_as(parameter)
-                if parameter.dtype == kind:
-                    parameter.grad = self.views[name]
-                else:
-                    parameter.register_post_accumulate_grad_hook(_adding_to(self.views[name]))
+                take = partial(self._take, self.views[name])
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(take))
             self._flat.append(flat)
+
+    def _take(self, view: torch.Tensor, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._add)  # type: ignore[attr-defined]
+        self._waiting.append((view, parameter.grad))
+        self._bytes += parameter.grad.nbytes
+        parameter.grad = None
+        if self._bytes > MOST_WAITING:
+            self._add()
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        if self._waiting:
+            views, grads = zip(*self._waiting, strict=True)
+            self._waiting.clear()
+            self._bytes = 0
+            torch._foreach_add_(views, grads)
+
+    def let_go(self) -> None:
+        """The parameters' gradients are no longer taken."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero(self) -> None:
         """Sets all to zero."""
@@ -54,12 +85,3 @@ class Gradients:
         """Multiplies all by ``factor``."""
         for flat in self._flat:
             flat.mul_(factor)
-
-
-def _adding_to(view: torch.Tensor) -> Any:
-    def add(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        view.add_(parameter.grad)
-        parameter.grad = None
-
-    return add

@@ -1,20 +1,26 @@
-"""Quantising, dequantising and multiplying with scales: fused kernels where there is Triton, else plain torch.
+"""Quantising, dequantising, multiplying with scales, and the small products of LoRAs: kernels of our own where there
+is Triton, else plain torch.
 
 Shape legend: M rows of activations, K the summed dimension, N columns of the result; a scale_R1 has one factor for
-each row of what it belongs to.
+each row of what it belongs to; R a rank.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 TINY = 1e-12
 """Stands for the largest value of a row of zeros."""
+MOST_RANK = 64
+FEW_ROWS = 32
+"""Up to fewer rows than these a product takes as long as it takes to read the weight."""
 
 
 @cache
@@ -35,6 +41,32 @@ def _fused(tensor: Tensor, dtype: torch.dtype) -> bool:
     if torch.compiler.is_compiling() or not tensor.is_cuda or not _has_triton():
         return False
     return dtype != torch.float8_e4m3fn or _capability(tensor.device) >= (8, 9)
+
+
+def _has_small_products(tensor: Tensor, rank: int) -> bool:
+    """Whether Triton's kernels of small products are faster than the library's: they were made for ranks up to 64,
+    and need Ampere's memory."""
+    fits = tensor.is_cuda and _is_half(tensor) and rank <= MOST_RANK
+    return fits and _fused(tensor, tensor.dtype) and _capability(tensor.device) >= (8, 0)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+@cache
+def _ones(count: int, device: torch.device) -> Tensor:
+    return torch.ones(count, 1, device=device)
+
+
+def spare_workspace(device: torch.device) -> None:
+    """Keeps cuBLASLt on Hopper from using a workspace, unless ``CUBLASLT_WORKSPACE_SIZE`` says how much.
+
+    Its float8 products empty it before each, and are as fast without (torch 2.11, CUDA 13). torch looks at its size at
+    the first product.
+    """
+    if device.type == "cuda" and _capability(device) == (9, 0):
+        os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "0")
 
 
 def quantise_rows(x_MK: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,7 +107,7 @@ def multiply_scaled(
     Sizes must be multiples of 16, and M larger than 16.
     """
     if b_scale_N1 is None:
-        b_scale_N1 = a_scale_M1.new_ones(len(b_NK), 1)
+        b_scale_N1 = _ones(len(b_NK), a_scale_M1.device)
     if a_MK.dtype == torch.int8:
         sums_MN = torch._int_mm(a_MK, b_NK.t())
         if _fused(sums_MN, torch.int8):
@@ -95,3 +127,52 @@ def multiply_scaled(
         use_fast_accum=True,
     )
     return result_MN.to(dtype)
+
+
+def multiplies_few(x_MK: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `multiply_few` takes so few rows, and weights of this ``dtype``."""
+    is_scaled = dtype in (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+    return is_scaled and len(x_MK) < FEW_ROWS and _is_half(x_MK) and _fused(x_MK, dtype)
+
+
+def multiply_few(x_MK: Tensor, q_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | None) -> Tensor:
+    """``x b' + bias``, for b of quantised values and scales, read once and never written as what it stands for."""
+    from . import triton_products
+
+    return triton_products.few_rows(x_MK.contiguous(), q_NK, scale_N1, bias_N)
+
+
+def low_rank(left_MR: Tensor, right_NR: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """``left right' + bias`` in the dtype of ``left``, which ``right`` may exceed."""
+    if _has_small_products(left_MR, 2 * left_MR.shape[1]):  # wider ones only read less, which pays with `add_low_rank`
+        from . import triton_products
+
+        out_MN = left_MR.new_empty(len(left_MR), len(right_NR))
+        return triton_products.low_rank(left_MR, right_NR, bias_N, out_MN, adds=False)
+    return F.linear(left_MR, right_NR.to(left_MR.dtype), bias_N)
+
+
+def add_low_rank(out_MN: Tensor, left_MR: Tensor, right_NR: Tensor) -> Tensor:
+    """``out``, to which ``left right'`` is added in place; ``right`` may be of a higher precision."""
+    if _has_small_products(left_MR, left_MR.shape[1]):
+        from . import triton_products
+
+        return triton_products.low_rank(left_MR, right_NR, None, out_MN, adds=True)
+    return out_MN.addmm_(left_MR, right_NR.t().to(left_MR.dtype))
+
+
+def low_rank_grads(grad_MN: Tensor, up_NR: Tensor, inner_MR: Tensor, into_MR: Tensor) -> Tensor:
+    """The gradient of ``up`` (N, R) in its precision, where ``grad`` is that of ``inner up'``.
+
+    Args:
+        up_NR: Of the precision of ``grad`` or a higher one.
+        into_MR: Where the gradient of ``inner`` goes.
+    """
+    lower_NR = up_NR.to(grad_MN.dtype)
+    if _has_small_products(grad_MN, up_NR.shape[1]) and len(grad_MN) >= FEW_ROWS:
+        from . import triton_products
+
+        grad_MN = grad_MN if grad_MN.stride(1) == 1 else grad_MN.contiguous()
+        return triton_products.low_rank_grads(grad_MN, lower_NR.contiguous(), inner_MR, into_MR, up_NR.dtype)
+    torch.mm(grad_MN, lower_NR, out=into_MR)
+    return (grad_MN.t() @ inner_MR).to(up_NR.dtype)

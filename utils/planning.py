@@ -37,6 +37,7 @@ from .sampler import Sampler
 from .samples import size_of
 from .settings import TrainSettings, family_of
 from .sources import EDIT_LIST
+from .storage import keep_transposed
 
 PATIENCE = 60.0
 """Seconds in which files that are not known yet are read to count samples."""
@@ -81,6 +82,8 @@ class _Planner:
             choose_weights(self.denoiser, s.train_only, s.freeze, rates)
         else:
             inject(self.denoiser, self.family, s.adapter, s.seed, rates, shapes_alone=True)
+        if s.transposed_weights:
+            keep_transposed(self.denoiser)
         self.denoiser.train()
 
     def _blank(self, samples: Sequence[Sample] | None) -> Example:

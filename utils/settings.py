@@ -225,13 +225,17 @@ def _zero_problems(settings: TrainSettings) -> list[str]:
 
 
 def _matmul_problems(settings: TrainSettings) -> list[str]:
-    model = settings.model
+    model, found = settings.model, []
     if model.quantized_matmul and model.transformer_dtype not in ("float8", "float8_e4m3fn", "int8"):
-        return [
+        found.append(
             "model.quantized_matmul: multiplies weights as they are stored; set transformer_dtype to 'float8' or "
             "'int8', or leave it out"
-        ]
-    return []
+        )
+    if settings.transposed_weights and not model.quantized_matmul:
+        found.append("transposed_weights: only model.quantized_matmul has a use for them; set that, or leave this out")
+    if settings.transposed_weights and settings.blocks_to_swap:
+        found.append("transposed_weights: takes more memory for speed, and blocks_to_swap less; leave one of them out")
+    return found
 
 
 CHECKS = (_partition_problems, _loss_problems, _weight_problems, _bad_patterns, _release_problems, _zero_problems,

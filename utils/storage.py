@@ -8,8 +8,8 @@ What a stored weight is follows from its dtype:
 
 The weight is converted each time it is used, forward and backward, so that no converted copy is kept. With
 `multiply_quantised`, float8 (e4m3) and int8 weights are not converted: activations and gradients are quantised,
-with a scale for each row, and multiplied as they are. While torch.compile traces, that happens outside of the
-operators: the kernels that compute activations and gradients then quantise them as well.
+with a scale for each row, and multiplied as they are. While torch.compile traces, activations are quantised outside
+of the operators: the kernels that compute them then do it as well.
 
 Shape legend: M rows (tokens of all samples), I inputs, O outputs.
 """
@@ -39,8 +39,8 @@ DTYPES = {
     "nf4": torch.uint8,
 }
 NF4_BLOCK = 64
-MIN_ROWS = 32
-"""Products of fewer rows convert the weight: quantising would cost more than it saves."""
+MIN_ROWS = kernels.FEW_ROWS
+"""Products of fewer rows are not quantised: it would cost more than it saves."""
 
 _multiplies_quantised = False
 
@@ -63,12 +63,14 @@ class StoredLinear(nn.Linear):
     """A frozen linear layer with a weight of another dtype; see the module's text."""
 
     weight_scale: Tensor | None
+    weight_transposed: Tensor | None
+    """(I, O), where `keep_transposed` has put it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         rows = input.flatten(0, -2)
         quantised = quantised_while_tracing(rows, self.weight)
-        output = stored_linear(rows, *quantised, self.weight, self.weight_scale, self.bias)
+        output = stored_linear(rows, *quantised, self.weight, self.weight_scale, self.weight_transposed, self.bias)
         return output.view(*input.shape[:-1], output.shape[-1])
 
     def store(self, value_OI: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> nn.Parameter:
@@ -119,6 +121,15 @@ def use_storage(module: nn.Module, storage: Storage) -> None:
             continue  # a byte would hold the end of one row and the start of the next
         layer.__class__ = StoredLinear
         layer.register_buffer("weight_scale", None)
+        layer.register_buffer("weight_transposed", None, persistent=False)
+
+
+def keep_transposed(module: nn.Module) -> None:
+    """Gives layers whose weights are multiplied as they are a transposed copy, which the product of a gradient needs
+    and makes each time where there is none. Weights must not change afterwards."""
+    for layer in module.modules():
+        if isinstance(layer, StoredLinear) and _can_multiply(layer.weight):
+            layer.weight_transposed = kernels.transpose(layer.weight)
 
 
 def hide_weights(model: nn.Module) -> None:
@@ -147,50 +158,56 @@ def multiply_quantised(on: bool) -> None:
 
 def is_multiplied_quantised(x_MI: Tensor, weight_OI: Tensor) -> bool:
     """Whether the product of these two is computed in the weight's precision."""
-    return (
-        _multiplies_quantised
-        and weight_OI.dtype in (torch.float8_e4m3fn, torch.int8)
-        and x_MI.shape[0] >= MIN_ROWS
-        and weight_OI.shape[0] % 16 == weight_OI.shape[1] % 16 == 0
-    )
+    return _multiplies_quantised and x_MI.shape[0] >= MIN_ROWS and _can_multiply(weight_OI)
+
+
+def _can_multiply(weight_OI: Tensor) -> bool:
+    is_kind = weight_OI.dtype in (torch.float8_e4m3fn, torch.int8)
+    return is_kind and weight_OI.shape[0] % 16 == weight_OI.shape[1] % 16 == 0
 
 
 Quantised = tuple[Tensor | None, Tensor | None]
 """Rows in float8 or int8 and their scales (M, 1); twice None where they are not quantised yet."""
 
 
-def quantised_while_tracing(x_MI: Tensor, weight_OI: Tensor, columns: Tensor | None = None) -> Quantised:
-    """What the operators take besides ``x`` while torch.compile traces.
-
-    Args:
-        columns: A factor for each of x's columns, as `kernels.quantise_rows`.
-    """
+def quantised_while_tracing(x_MI: Tensor, weight_OI: Tensor) -> Quantised:
+    """What the operators take besides ``x`` while torch.compile traces."""
     if torch.compiler.is_compiling() and is_multiplied_quantised(x_MI, weight_OI):
-        return kernels.quantise_rows(x_MI.detach(), weight_OI.dtype, columns)
+        return kernels.quantise_rows(x_MI.detach(), weight_OI.dtype)
     return None, None
+
+
+def is_converted(x_MI: Tensor, weight_OI: Tensor, scale: Tensor | None) -> bool:
+    """Whether `product` converts the weight."""
+    if scale is None:
+        return True
+    return not (is_multiplied_quantised(x_MI, weight_OI) or kernels.multiplies_few(x_MI, weight_OI.dtype))
 
 
 def product(
     x_MI: Tensor, quantised: Quantised, weight_OI: Tensor, scale: Tensor | None, bias_O: Tensor | None
 ) -> Tensor:
     """``x W' + b``."""
-    if scale is None or not is_multiplied_quantised(x_MI, weight_OI):
+    if scale is None or is_converted(x_MI, weight_OI, scale):
         return F.linear(x_MI, convert(weight_OI, scale, x_MI.dtype), bias_O)
+    if not is_multiplied_quantised(x_MI, weight_OI):
+        return kernels.multiply_few(x_MI, weight_OI, scale, bias_O)
     q_MI, scale_M1 = quantised
     if q_MI is None or scale_M1 is None:
         q_MI, scale_M1 = kernels.quantise_rows(x_MI, weight_OI.dtype)
     return kernels.multiply_scaled(q_MI, weight_OI, scale_M1, scale, bias_O, x_MI.dtype)
 
 
-def product_of_grad(grad_MO: Tensor, quantised: Quantised, weight_OI: Tensor, scale: Tensor | None) -> Tensor:
+def product_of_grad(
+    grad_MO: Tensor, weight_OI: Tensor, scale: Tensor | None, transposed_IO: Tensor | None = None
+) -> Tensor:
     """``grad W``. The weight's scales are those of the summed dimension here, so the gradient takes them over before
     it is quantised."""
     if scale is None or not is_multiplied_quantised(grad_MO, weight_OI):
         return grad_MO @ convert(weight_OI, scale, grad_MO.dtype)
-    q_MO, scale_M1 = quantised
-    if q_MO is None or scale_M1 is None:
-        q_MO, scale_M1 = kernels.quantise_rows(grad_MO, weight_OI.dtype, scale.view(-1))
-    return kernels.multiply_scaled(q_MO, kernels.transpose(weight_OI), scale_M1, None, None, grad_MO.dtype)
+    q_MO, scale_M1 = kernels.quantise_rows(grad_MO, weight_OI.dtype, scale.view(-1))
+    transposed_IO = kernels.transpose(weight_OI) if transposed_IO is None else transposed_IO
+    return kernels.multiply_scaled(q_MO, transposed_IO, scale_M1, None, None, grad_MO.dtype)
 
 
 @torch.library.custom_op("diffusion_trainer::stored_linear", mutates_args=())
@@ -200,6 +217,7 @@ def stored_linear(
     quantised_scale: Tensor | None,
     weight_OI: Tensor,
     scale: Tensor | None,
+    transposed_IO: Tensor | None,
     bias_O: Tensor | None,
 ) -> Tensor:
     """`product` as an operator."""
@@ -208,14 +226,10 @@ def stored_linear(
 
 @torch.library.custom_op("diffusion_trainer::stored_linear_backward", mutates_args=())
 def stored_linear_backward(
-    grad_MO: Tensor,
-    quantised_MO: Tensor | None,
-    quantised_scale: Tensor | None,
-    weight_OI: Tensor,
-    scale: Tensor | None,
+    grad_MO: Tensor, weight_OI: Tensor, scale: Tensor | None, transposed_IO: Tensor | None
 ) -> Tensor:
     """`product_of_grad` as an operator."""
-    return product_of_grad(grad_MO, (quantised_MO, quantised_scale), weight_OI, scale)
+    return product_of_grad(grad_MO, weight_OI, scale, transposed_IO)
 
 
 def num_inputs(weight_OI: Tensor) -> int:
@@ -224,23 +238,21 @@ def num_inputs(weight_OI: Tensor) -> int:
 
 
 @stored_linear.register_fake
-def _(x_MI: Tensor, q_MI: Any, q_scale: Any, weight_OI: Tensor, scale: Any, bias_O: Any) -> Tensor:
+def _(x_MI: Tensor, q_MI: Any, q_scale: Any, weight_OI: Tensor, scale: Any, transposed_IO: Any, bias_O: Any) -> Tensor:
     return x_MI.new_empty(x_MI.shape[0], weight_OI.shape[0])
 
 
 @stored_linear_backward.register_fake
-def _(grad_MO: Tensor, q_MO: Any, q_scale: Any, weight_OI: Tensor, scale: Any) -> Tensor:
+def _(grad_MO: Tensor, weight_OI: Tensor, scale: Any, transposed_IO: Any) -> Tensor:
     return grad_MO.new_empty(grad_MO.shape[0], num_inputs(weight_OI))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[3], inputs[4])
+    ctx.save_for_backward(*inputs[3:6])
 
 
-def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-    weight_OI, scale = ctx.saved_tensors
-    quantised = quantised_while_tracing(grad_MO, weight_OI, None if scale is None else scale.view(-1))
-    return stored_linear_backward(grad_MO, *quantised, weight_OI, scale), None, None, None, None, None
+def _backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
+    return stored_linear_backward(grad_MO, *ctx.saved_tensors), None, None, None, None, None, None
 
 
 stored_linear.register_autograd(_backward, setup_context=_save)

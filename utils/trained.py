@@ -82,7 +82,8 @@ class Trained:
         for name, stepped in self.stepped.items():
             view = gradients.views[name]
             apart = stepped.device != view.device or stepped.dtype != view.dtype
-            stepped.grad = torch.empty_like(stepped) if apart else view
+            if apart:
+                stepped.grad = torch.empty_like(stepped)
         return gradients
 
     @property
@@ -95,12 +96,17 @@ class Trained:
         """One update from the gradients as they are."""
         for name, stepped in self.stepped.items():
             view = self.gradients.views[name]
-            if stepped.grad is not None and stepped.grad is not view:
+            if stepped.grad is None:
+                stepped.grad = view
+            else:
                 stepped.grad.copy_(view, non_blocking=True)
         if any(p.is_pinned() for p in self.stepped.values()):
             torch.cuda.current_stream().synchronize()  # the gradients are here
         for optimizer in self.optimizers:
             optimizer.step()
+        for name, stepped in self.stepped.items():
+            if stepped.grad is self.gradients.views[name]:
+                stepped.grad = None  # else the next pass would add to it one by one
         if self.ema:
             self.ema.update()
         self.publish()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import resuming
+from . import kernels, resuming
 from .assembly import Assembled, Assembly
 from .buckets import Bucket
 from .checkpoint import load_checkpoint, newest_checkpoint
@@ -82,6 +82,8 @@ class Trainer:
 
     def _train(self) -> None:
         s = self.settings
+        if s.model.quantized_matmul and s.model.transformer_dtype != "int8":
+            kernels.spare_workspace(self.world.device)  # before anything is computed
         self.family.check_files()
         if s.dump_dataset:
             self.preparation.dump(Path(s.dump_dataset).expanduser())

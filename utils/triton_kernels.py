@@ -39,7 +39,8 @@ def quantise_rows(
     block = triton.next_power_of_2(width)
     _quantise[(rows,)](
         x_MK, scale_M1 if columns is None else columns, q_MK, scale_M1, width, largest, tiny,
-        HAS_COLUMNS=columns is not None, ROUNDS=dtype == torch.int8, BLOCK=block, num_warps=_warps(block),
+        HAS_COLUMNS=columns is not None, ROUNDS=dtype == torch.int8, BLOCK=block,
+        num_warps=min(32, max(1, block // 2048)),
     )  # fmt: skip
     return q_MK, scale_M1
 
