@@ -166,6 +166,22 @@ def test_step_equals_the_pipelines_scheduler_and_transformer(kind, dtype, reques
     torch.testing.assert_close(clean, latents.float(), atol=0.05 if dtype == torch.bfloat16 else 5e-3, rtol=0)
 
 
+def test_compiled_single_blocks_join_gradients_themselves(folder):
+    """Of two slices of one tensor autograd would join them, outside of compiled code."""
+    family = flux(folder)
+    denoiser = family.load_denoiser(CPU)
+    family.layers(denoiser)
+    block, config = denoiser.single_transformer_blocks[0], denoiser.config
+    width = config.num_attention_heads * config.attention_head_dim
+    image, text, temb = (torch.randn(1, *size, width) for size in ((6,), (4,), ()))
+    cos, sin = denoiser.pos_embed(torch.zeros(10, 3))
+    torch._dynamo.reset()
+    outputs = torch.compile(block, backend="aot_eager")(image, text, temb, (cos, sin))
+    nodes = {output.grad_fn for output in outputs}
+    assert len(nodes) == 1
+    assert "CompiledFunctionBackward" in str(nodes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_text_equals_encode_prompt(folder, dtype):
     family = flux(folder, dtype=str(dtype).removeprefix("torch."))

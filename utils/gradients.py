@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-MOST_WAITING = 2**27
+MOST_WAITING = 2**25
 """Bytes of gradients that wait to be added."""
 
 
@@ -27,7 +27,7 @@ class Gradients:
     def __init__(self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype | None = None) -> None:
         self._flat: list[torch.Tensor] = []
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._bytes = 0
+        self._bytes, self._pass = 0, -1
         self._hooks: list[Any] = []
         self.views: dict[str, torch.Tensor] = {}
         """The gradient of each parameter, by name."""
@@ -44,7 +44,9 @@ class Gradients:
 
     def _take(self, view: torch.Tensor, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        if not self._waiting:
+        if (current := torch._C._current_graph_task_id()) != self._pass:
+            self._forget()  # what a pass left that failed
+            self._pass = current
             torch.autograd.Variable._execution_engine.queue_callback(self._add)  # type: ignore[attr-defined]
         self._waiting.append((view, parameter.grad))
         self._bytes += parameter.grad.nbytes
@@ -56,9 +58,12 @@ class Gradients:
     def _add(self) -> None:
         if self._waiting:
             views, grads = zip(*self._waiting, strict=True)
-            self._waiting.clear()
-            self._bytes = 0
+            self._forget()
             torch._foreach_add_(views, grads)
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._bytes = 0
 
     def let_go(self) -> None:
         """The parameters' gradients are no longer taken."""

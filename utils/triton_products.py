@@ -95,13 +95,24 @@ def _low_rank_grads(grad, up, inner, parts_inner, parts_up, rows, width, rank, g
 
 
 @triton.jit
-def _join(parts, out, rows, width, num_parts, out_m, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _add_up(parts, out, rows, width, num_parts, out_m, program, BLOCK: tl.constexpr):
+    at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), tl.float32)
     for part in range(num_parts):
         sums += tl.load(parts + part * rows * width + at, mask=at < rows * width, other=0.0)
     place = out + at // width * out_m + at % width
     tl.store(place, sums.to(out.dtype.element_ty), mask=at < rows * width)
+
+
+@triton.jit
+def _join(parts_inner, into, strips, into_m, parts_up, grad_up, shares, rows, width, rank, programs,
+          BLOCK: tl.constexpr):  # fmt: skip
+    """The first ``programs`` add up strips, the rest shares."""
+    program = tl.program_id(0)
+    if program < programs:
+        _add_up(parts_inner, into, rows, rank, strips, into_m, program, BLOCK)
+    else:
+        _add_up(parts_up, grad_up, width, rank, shares, rank, program - programs, BLOCK)
 
 
 def low_rank_grads(grad_MN: Tensor, up_NR: Tensor, inner_MR: Tensor, into_MR: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,8 +133,11 @@ def low_rank_grads(grad_MN: Tensor, up_NR: Tensor, inner_MR: Tensor, into_MR: Te
         grad_MN, up_NR, inner_MR, parts_inner, parts_up, rows, width, rank, grad_MN.stride(0), inner_MR.stride(0),
         steps, BLOCK_M=64, BLOCK_N=256, BLOCK_R=_block(rank), num_warps=4,
     )  # fmt: skip
-    for parts, out in ((parts_inner, into_MR), (parts_up, grad_up_NR)):
-        _join[(triton.cdiv(out.numel(), 512),)](parts, out, *out.shape, len(parts), out.stride(0), BLOCK=512)
+    programs, further = triton.cdiv(rows * rank, 512), triton.cdiv(width * rank, 512)
+    _join[(programs + further,)](
+        parts_inner, into_MR, strips, into_MR.stride(0), parts_up, grad_up_NR, shares, rows, width, rank, programs,
+        BLOCK=512,
+    )  # fmt: skip
     return grad_up_NR
 
 
