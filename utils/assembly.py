@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.base import Family, Layer, ModelConfig
-from . import attention, resuming, storage
+from . import attention, kernels, resuming, storage
 from .adapted import adapted_layers
 from .adapter_files import fuse
 from .adapters import inject
@@ -78,6 +78,8 @@ class Assembly:
         s = self.settings
         self.control.report("loading the model")
         attention.choose(s.attention_backend, self.world.device)
+        if self.world.device.type == "cuda":
+            kernels.has_triton()  # found out before anything is compiled or recorded
         storage.multiply_quantised(_can_multiply(s.model, self.world.device))
         denoiser = self.family.build_denoiser()
         identity = resuming.model_identity(self.family, denoiser)

@@ -8,12 +8,15 @@ each row of what it belongs to; R a rank.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 TINY = 1e-12
@@ -28,9 +31,26 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    """Whether Triton can build kernels for this process's GPU, which the first call tries; a warning says why not."""
+    return importlib.util.find_spec("triton") is not None and _builds()
+
+
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _builds() -> bool:
+    try:
+        from . import triton_kernels
+
+        triton_kernels.transpose(torch.zeros(16, 16, dtype=torch.int8, device="cuda"))
+    except Exception as error:  # of Triton, of the C compiler that it calls, of the driver or the disk
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning(
+            "Triton cannot build kernels here, so plain torch computes in their place, which is slower (%s); it needs "
+            "a C compiler and Python's headers, on Debian and Ubuntu the packages gcc and python3-dev", first[0],
+        )  # fmt: skip
+        return False
+    return True
 
 
 def _fused(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -38,7 +58,7 @@ def _fused(tensor: Tensor, dtype: torch.dtype) -> bool:
 
     torch.compile makes its own of the plain operations that it traces.
     """
-    if torch.compiler.is_compiling() or not tensor.is_cuda or not _has_triton():
+    if torch.compiler.is_compiling() or not tensor.is_cuda or not has_triton():
         return False
     return dtype != torch.float8_e4m3fn or _capability(tensor.device) >= (8, 9)
 

@@ -12,7 +12,6 @@ Shape legend: N batch, T tokens (of a part, or of all parts together), H heads, 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-"""Found out at the import, because torch.compile traces what calls `is_fused`."""
+from .kernels import has_triton
+
 WIDTHS = (16, 32, 64, 128, 256)
 """Features of a head for which there are kernels."""
 
@@ -32,8 +31,8 @@ def is_fused(x: Tensor, head_dim: int, weights: Sequence[Tensor | None], cos_TD:
     The weights and the angles get none.
     """
     return (
-        HAS_TRITON
-        and x.is_cuda
+        x.is_cuda
+        and has_triton()
         and x.dtype in (torch.bfloat16, torch.float16)
         and head_dim in WIDTHS
         and all(weight is None or (weight.dtype == x.dtype and not weight.requires_grad) for weight in weights)
@@ -57,7 +56,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def _has_kernels(parts: Sequence[Tensor]) -> bool:
-    return HAS_TRITON and parts[0].is_cuda and parts[0].shape[-1] in WIDTHS
+    return parts[0].is_cuda and has_triton() and parts[0].shape[-1] in WIDTHS
 
 
 @torch.library.custom_op("diffusion_trainer::norm_rotate", mutates_args=())
