@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
@@ -149,17 +149,26 @@ class Flux(FlowFamily):
     title = "Flux"
     Config = FluxConfig
     config: FluxConfig
+    components: ClassVar[Mapping[str, Component]] = COMPONENTS
+    whole: ClassVar[str] = "a Flux folder in diffusers layout"
+    """What ``diffusers_path`` names, in words."""
     size_multiple = 16
     max_controls = 1
-    text_encoders = ("clip", "t5")
+    text_encoders: ClassVar[tuple[str, ...]] = ("clip", "t5")
     shared_inputs = (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"))
     adapter_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    high_precision = ("^time_text_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out")
+    high_precision: ClassVar[tuple[str, ...]] = (
+        "^time_text_embed",
+        "^context_embedder",
+        "^x_embedder",
+        "^norm_out",
+        "^proj_out",
+    )
 
     # -- files ------------------------------------------------------------------------------------
 
     def check_files(self) -> None:
-        parts = {name: self._weights(name) for name in COMPONENTS}
+        parts = {name: self._weights(name) for name in self.components}
         for name in self.text_encoders:
             self._tokenizer_folder(name)
         transformer, single = parts["transformer"], not parts["transformer"].path.is_dir()
@@ -170,13 +179,13 @@ class Flux(FlowFamily):
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
         for name, given, taken in (
             ("vae", channels, shape("proj_out.weight")[0] // 4),
-            ("clip", _width(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
-            ("t5", _width(parts["t5"]), shape("context_embedder.weight")[1]),
+            ("clip", width_of(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
+            ("t5", width_of(parts["t5"]), shape("context_embedder.weight")[1]),
         ):
             if given != taken:
                 raise SettingsError(
                     f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
-                    f"{taken}; give {COMPONENTS[name].title}"
+                    f"{taken}; give {self.components[name].title}"
                 )
         if shape("x_embedder.weight")[1] != channels * 4:
             raise SettingsError(
@@ -194,29 +203,33 @@ class Flux(FlowFamily):
                 identity["storage"] = self.text_dtype
         return json.dumps(identity)
 
+    def _component(self, name: str) -> Component:
+        """As the folder has it that the settings name."""
+        return self.components[name]
+
     def _place(self, name: str) -> tuple[Path, str]:
         """The file or folder of a component, and the setting that names it."""
-        part = COMPONENTS[name]
+        part = self._component(name)
         if value := getattr(self.config, part.option):
             return require_path(value, f"model.{part.option}", part.title), f"model.{part.option}"
         if not self.config.diffusers_path:
             raise SettingsError(f"model.{part.option}: give {part.title}; or give model.diffusers_path")
-        root = require_path(self.config.diffusers_path, "model.diffusers_path", "a Flux folder in diffusers layout")
+        root = require_path(self.config.diffusers_path, "model.diffusers_path", self.whole)
         if not (root / part.folder).is_dir():
             raise SettingsError(
-                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give a Flux folder in diffusers "
-                f"layout, or in model.{part.option} {part.title}"
+                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give {self.whole}, "
+                f"or in model.{part.option} {part.title}"
             )
         return root / part.folder, "model.diffusers_path"
 
     def _weights(self, name: str) -> Weights:
         """The tensors of a component, known to be of the right kind; reads headers only."""
-        part, (path, setting) = COMPONENTS[name], self._place(name)
+        part, (path, setting) = self._component(name), self._place(name)
         if path.is_dir():
             if not (path / "config.json").is_file():
                 raise SettingsError(
-                    f"{setting}: '{path}' has no config.json; give {part.title}, or the folder '{part.folder}' of a "
-                    "Flux folder in diffusers layout"
+                    f"{setting}: '{path}' has no config.json; give {part.title}, or the folder '{part.folder}' of "
+                    f"{self.whole}"
                 )
             config = read_json(path / "config.json")
             found = config.get("_class_name") or ", ".join(config.get("architectures") or ["of unknown class"])
@@ -231,7 +244,7 @@ class Flux(FlowFamily):
         return weights
 
     def _tokenizer_folder(self, name: str) -> Path:
-        part = COMPONENTS[name]
+        part = self._component(name)
         setting = f"model.{part.tokenizer_option}"
         places = [in_comfyui(part.tokenizer_in_comfyui)]
         if self.config.diffusers_path:
@@ -401,10 +414,10 @@ class Flux(FlowFamily):
     def write_miniature(cls, folder: Path, guidance: bool = True) -> dict[str, Any]:
         """As `Family.write_miniature`; ``guidance`` says whether it is like dev or like schnell."""
         clip_vocabulary = write_clip_tokenizer(folder / "tokenizer")
-        t5_vocabulary = _write_t5_tokenizer(folder / "tokenizer_2")
+        t5_vocabulary = write_t5_tokenizer(folder / "tokenizer_2")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            parts = _miniature_parts(guidance, clip_vocabulary, t5_vocabulary)
+            parts = miniature_parts(guidance, clip_vocabulary, t5_vocabulary)
         index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__}
         for name, part in parts.items():
             part.save_pretrained(folder / name)
@@ -551,9 +564,12 @@ def bfl_source(name: str) -> tuple[str, str]:
     return f"{target}.{'scale' if target.endswith(('query_norm', 'key_norm')) else leaf}", part
 
 
-def read_bfl(weights: Weights, name: str) -> torch.Tensor:
+Source = Callable[[str], tuple[str, str]]
+
+
+def read_bfl(weights: Weights, name: str, source_of: Source = bfl_source) -> torch.Tensor:
     """A parameter of diffusers' transformer from a file in BFL's layout."""
-    source, part = bfl_source(name)
+    source, part = source_of(name)
     if part in ROWS:
         width, index = weights.shape("img_in.weight")[0], ROWS.index(part)
         return weights.read(source, slice(index * width, None if part == "mlp" else (index + 1) * width))
@@ -561,11 +577,11 @@ def read_bfl(weights: Weights, name: str) -> torch.Tensor:
     return swap_halves(value) if part else value
 
 
-def to_bfl(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_bfl(tensors: Mapping[str, torch.Tensor], source_of: Source = bfl_source) -> dict[str, torch.Tensor]:
     """The tensors of diffusers' transformer in BFL's layout; the inverse of `read_bfl`."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        source, part = bfl_source(name)
+        source, part = source_of(name)
         parts.setdefault(source, {})[part] = swap_halves(tensor) if part == "swapped" else tensor
     return {
         name: torch.cat([found[part] for part in ROWS if part in found]) if "q" in found else next(iter(found.values()))
@@ -580,6 +596,15 @@ def swap_halves(value: torch.Tensor) -> torch.Tensor:
 
 def transformer_config(weights: Weights) -> dict[str, Any]:
     """Arguments of FluxTransformer2DModel for a file in BFL's layout, from names and shapes."""
+    return {
+        **block_config(weights),
+        "pooled_projection_dim": weights.shape("vector_in.in_layer.weight")[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in weights,
+    }
+
+
+def block_config(weights: Weights) -> dict[str, Any]:
+    """What those of all models with such blocks share."""
     head_dim = weights.shape("double_blocks.0.img_attn.norm.query_norm.scale")[0]
     width, in_channels = weights.shape("img_in.weight")
     side = head_dim * 7 // 32 * 2  # 56 of 128, for rows and for columns; the first axis has what is left
@@ -591,8 +616,6 @@ def transformer_config(weights: Weights) -> dict[str, Any]:
         "attention_head_dim": head_dim,
         "num_attention_heads": width // head_dim,
         "joint_attention_dim": weights.shape("txt_in.weight")[1],
-        "pooled_projection_dim": weights.shape("vector_in.in_layer.weight")[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in weights,
         "axes_dims_rope": (head_dim - 2 * side, side, side),
     }
 
@@ -624,7 +647,7 @@ def _t5_name(name: str, weights: Weights) -> str:
     return name
 
 
-def _width(weights: Weights) -> int:
+def width_of(weights: Weights) -> int:
     """Features of a text encoder."""
     endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
     return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
@@ -637,7 +660,7 @@ def _json_config(weights: Weights) -> dict[str, Any]:
 # -- miniature --------------------------------------------------------------------------------------------
 
 
-def _miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -> dict[str, Any]:
+def miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -> dict[str, Any]:
     clip = transformers.CLIPTextConfig(
         vocab_size=clip_vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1,
         bos_token_id=0, eos_token_id=2, pad_token_id=1)  # fmt: skip
@@ -662,7 +685,7 @@ def _miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) -
     }
 
 
-def _write_t5_tokenizer(folder: Path) -> int:
+def write_t5_tokenizer(folder: Path) -> int:
     """A unigram model of printable ASCII and a few words; returns the size of its vocabulary."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in ("a", "cat", "dog", "photo", "of", "red")]

@@ -75,6 +75,24 @@ def _normed_rotated(parts: Sequence[Tensor], norms: Sequence[Any], angles: Angle
     return norm_rotate(list(parts), [norm.weight for norm in norms], *angles, norms[0].eps)
 
 
+class MaskedFluxAttention(FusedFluxAttention):
+    """The same for Chroma, whose blocks hide what is masked from all tokens, and all tokens from what is masked. Here
+    hidden tokens see the others: nobody sees what becomes of them, and of a token that sees nothing some kernels make
+    NaN."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Angles | None = None,
+    ) -> Any:
+        """``attention_mask`` is what each token sees: NHTT, its last row that of an image token."""
+        seen = None if attention_mask is None else attention_mask[:, :, -1:].bool()
+        return super().__call__(attn, hidden_states, encoder_hidden_states, seen, image_rotary_emb)
+
+
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """As diffusers', but text and image come out by one split. Of its two slices torch.compile gives the gradients
     to autograd, which fills two tensors of zeros, copies into each, and adds them up."""

@@ -116,14 +116,6 @@ class Lumina2Config(ModelConfig):
     lumina_shift: bool = option(False, SHIFT_BY_SIZE)
 
 
-class ChromaConfig(FlowConfig):
-    """Chroma, made from Flux schnell."""
-
-    type: Literal["chroma"] = "chroma"
-    diffusers_path: str = _file("Folder of Flux in diffusers layout, for VAE and T5.", "diffusers", required=True)
-    transformer_path: str = _transformer(required=True)
-
-
 class HiDreamConfig(FlowConfig):
     """HiDream-I1."""
 

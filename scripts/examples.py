@@ -56,6 +56,11 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "flux_kontext_edit.toml": (
         "A LoRA for Flux Kontext, from an edit dataset",
         _train({**FLUX, "diffusers_path": "/data/models/FLUX.1-Kontext-dev"}, dataset="/data/dataset_edit.toml")),
+    "chroma_lora.toml": (
+        "A LoRA for Chroma from its single file, with VAE and T5 of a Flux folder",
+        _train({"type": "chroma", "diffusers_path": "/data/models/FLUX.1-schnell",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/Chroma1-HD.safetensors",
+                "dtype": "bfloat16", "transformer_dtype": "float8", "flux_shift": True})),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

@@ -17,8 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKL,
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from diffusion_trainer.models.base import Example, Family
+from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -59,7 +66,7 @@ def with_adapters(family: Family, denoiser: Any, folder: Path, predict: Callable
     """What ``predict`` gives with the bare denoiser and with each adapter, whose file is written into ``folder``."""
     expected = {"plain": predict()}
     for kind, settings in ADAPTERS.items():
-        inject(denoiser, family, settings, seed=3)
+        inject(denoiser, family, settings, seed=3, rates=family.learning_rates())
         layers = adapted_layers(denoiser)
         for layer in layers.values():
             randomize(layer)
@@ -153,6 +160,25 @@ def test_flux(variant, tmp_path):
         inputs["ref_latents"] = torch.randn(1, 16, 6, 8)
     expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
     found = answers(tmp_path, inputs, widths={"hidden_size": 256, "num_heads": 2, "context_in_dim": 64})
+    assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- Chroma -----------------------------------------------------------------------------------------------
+
+
+def test_chroma(tmp_path):
+    """ComfyUI takes 344 modulations for granted: those of 19 double and 38 single blocks, or of 28 and 2."""
+    torch.manual_seed(0)
+    denoiser = ChromaTransformer2DModel(
+        in_channels=64, num_layers=28, num_single_layers=2, attention_head_dim=128, num_attention_heads=2,
+        joint_attention_dim=64, approximator_hidden_dim=64, approximator_layers=2)  # fmt: skip
+    family = Chroma(validate(Chroma.Config, {"type": "chroma", "dtype": "float32"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timestep": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
+    values = *inputs.values(), torch.ones(1, 20, dtype=torch.uint8)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
+    widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
+    found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
 
 

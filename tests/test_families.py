@@ -39,6 +39,22 @@ def flux_forward(denoiser, x_t, t, pooled, text, guidance):
     )[0]
 
 
+def chroma_forward(denoiser, x_t, t, text, mask):
+    from diffusers import ChromaPipeline
+
+    n, c, h, w = x_t.shape
+    seen = torch.cat([mask.bool(), torch.ones(n, h * w // 4, dtype=torch.bool)], dim=1)
+    return denoiser(
+        hidden_states=ChromaPipeline._pack_latents(x_t, n, c, h, w),
+        timestep=t,
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3),
+        img_ids=ChromaPipeline._prepare_latent_image_ids(n, h // 2, w // 2, CPU, torch.float32),
+        attention_mask=seen,
+        return_dict=False,
+    )[0]
+
+
 def sdxl_forward(denoiser, x_t, t, sizes, seen, *texts):
     *tokens, second = texts if len(texts) == 2 else texts[:2]
     states = []
@@ -65,7 +81,7 @@ def wan_forward(denoiser, x_t, t, text, image=None):
     return denoiser(x_t, t, text, image, return_dict=False)[0]
 
 
-FORWARD = {"flux": flux_forward, "sdxl": sdxl_forward, "wan": wan_forward}
+FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sdxl": sdxl_forward, "wan": wan_forward}
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -98,7 +114,7 @@ def wan_prompted(pipeline, prompt, generator, images):
     ).frames[0]  # fmt: skip
 
 
-PROMPTED = {"flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted}
+PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted}
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
