@@ -4,8 +4,8 @@ The double and single blocks are Flux's without modulations of their own: the ap
 from the time, and is not trained. There is no pooled text. Padding of the T5 caption is masked but for its first
 token, for T5 and for attention. The network predicts noise - x0.
 
-diffusers 0.42 adds its mask of ones and zeros to the attention scores, which hides nothing; here and in ComfyUI what
-is masked is not seen. The layers equal diffusers' transformer, given a boolean mask, bit for bit.
+diffusers 0.42 adds its mask of ones and zeros to the attention scores, which hides nothing; here what is masked is not
+seen, and ComfyUI does not pad at all. The layers equal diffusers' transformer, given a boolean mask, bit for bit.
 
 Reference: https://huggingface.co/lodestones/Chroma1-HD, and diffusers' ChromaPipeline. Licence of the weights:
 Apache-2.0.

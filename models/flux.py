@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,7 +27,8 @@ from ..utils.weights import Weights, build, fill
 from .autoencoder import load_autoencoder
 from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
-from .files import fingerprint, in_comfyui, read_json, require_path, write_json
+from .components import Component, FromComponents, TextEncoder
+from .files import fingerprint, read_json, write_json
 from .flow import FlowConfig, FlowFamily
 
 if TYPE_CHECKING:
@@ -93,26 +93,6 @@ class FluxConfig(FlowConfig):
     )
 
 
-@dataclass(frozen=True)
-class Component:
-    """A part of the model: how it is called in each place and how to know its file."""
-
-    title: str
-    option: str
-    folder: str
-    """In a diffusers folder."""
-    class_name: str
-    markers: tuple[str, ...]
-    """Tensors that each single file of it has."""
-    prefixes: tuple[str, ...]
-    """Before its tensors' names in files that hold more than it."""
-    foreign: tuple[str, ...] = ()
-    """Tensors that give away the similar part of another model."""
-    tokenizer_option: str = ""
-    tokenizer_folder: str = ""
-    tokenizer_in_comfyui: str = ""
-
-
 COMPONENTS = {
     "transformer": Component(
         "a Flux transformer, such as flux1-dev.safetensors", "transformer_path", "transformer",
@@ -135,23 +115,14 @@ COMPONENTS = {
 }  # fmt: skip
 
 
-@dataclass
-class TextEncoder:
-    """A text encoder with its tokenizer."""
-
-    tokenizer: Any
-    model: Any
-
-
-class Flux(FlowFamily):
+class Flux(FromComponents, FlowFamily):
     """Flux.1 in the hands of the trainer."""
 
     title = "Flux"
     Config = FluxConfig
     config: FluxConfig
     components: ClassVar[Mapping[str, Component]] = COMPONENTS
-    whole: ClassVar[str] = "a Flux folder in diffusers layout"
-    """What ``diffusers_path`` names, in words."""
+    whole = "a Flux folder in diffusers layout"
     size_multiple = 16
     max_controls = 1
     text_encoders: ClassVar[tuple[str, ...]] = ("clip", "t5")
@@ -202,63 +173,6 @@ class Flux(FlowFamily):
             if part == "t5" and self.text_dtype:
                 identity["storage"] = self.text_dtype
         return json.dumps(identity)
-
-    def _component(self, name: str) -> Component:
-        """As the folder has it that the settings name."""
-        return self.components[name]
-
-    def _place(self, name: str) -> tuple[Path, str]:
-        """The file or folder of a component, and the setting that names it."""
-        part = self._component(name)
-        if value := getattr(self.config, part.option):
-            return require_path(value, f"model.{part.option}", part.title), f"model.{part.option}"
-        if not self.config.diffusers_path:
-            raise SettingsError(f"model.{part.option}: give {part.title}; or give model.diffusers_path")
-        root = require_path(self.config.diffusers_path, "model.diffusers_path", self.whole)
-        if not (root / part.folder).is_dir():
-            raise SettingsError(
-                f"model.diffusers_path: '{root}' has no folder '{part.folder}'; give {self.whole}, "
-                f"or in model.{part.option} {part.title}"
-            )
-        return root / part.folder, "model.diffusers_path"
-
-    def _weights(self, name: str) -> Weights:
-        """The tensors of a component, known to be of the right kind; reads headers only."""
-        part, (path, setting) = self._component(name), self._place(name)
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise SettingsError(
-                    f"{setting}: '{path}' has no config.json; give {part.title}, or the folder '{part.folder}' of "
-                    f"{self.whole}"
-                )
-            config = read_json(path / "config.json")
-            found = config.get("_class_name") or ", ".join(config.get("architectures") or ["of unknown class"])
-            if part.class_name not in found:
-                raise SettingsError(f"{setting}: '{path}' holds a model {found}, not {part.class_name}")
-            return Weights(path, setting)
-        weights = Weights(path, setting, part.prefixes, part.markers[0])
-        if missing := [marker for marker in part.markers if marker not in weights]:
-            raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has no '{missing[0]}')")
-        if foreign := [name for name in part.foreign if name in weights]:
-            raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has '{foreign[0]}')")
-        return weights
-
-    def _tokenizer_folder(self, name: str) -> Path:
-        part = self._component(name)
-        setting = f"model.{part.tokenizer_option}"
-        places = [in_comfyui(part.tokenizer_in_comfyui)]
-        if self.config.diffusers_path:
-            places.insert(0, Path(self.config.diffusers_path).expanduser() / part.tokenizer_folder)
-        if value := getattr(self.config, part.tokenizer_option):
-            places = [require_path(value, setting, f"a folder like '{part.tokenizer_folder}' of FLUX.1-dev")]
-        for folder in places:
-            if folder and any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
-                return folder
-        raise SettingsError(
-            f"{setting}: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
-            f"'{part.tokenizer_folder}' of FLUX.1-dev, or model.diffusers_path, or ComfyUI's "
-            f"'{part.tokenizer_in_comfyui}'"
-        )
 
     # -- encoding, once per sample, cached ----------------------------------------------------------
 

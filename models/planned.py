@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
-from ..utils.config import Table, option
+from ..utils.config import option
 from .base import ModelConfig, StorageDtype
 from .flow import SHIFT_BY_SIZE, FlowConfig
+from .from_comfyui import FromComfyUI
 
 
 def _file(description: str, picker: str, required: bool = False) -> Any:
@@ -45,26 +46,6 @@ def _rate(what: str) -> Any:
         ui_off=-1,
         advanced=True,
     )
-
-
-class TextEncoder(Table):
-    """One entry of ``text_encoders``, as ComfyUI's CLIP loaders take it."""
-
-    path: str | None = option(None, "The file.", picker="text_encoders")
-    paths: list[str] | None = option(None, "The files, for encoders that are used together.")
-    type: str | None = option(None, "ComfyUI's name for this kind of encoder.")
-
-    @model_validator(mode="after")
-    def _one(self) -> TextEncoder:
-        if bool(self.path) == bool(self.paths):
-            raise ValueError("text_encoders: each entry needs 'path' or 'paths', one of the two")
-        return self
-
-
-class _FromComfyUI(FlowConfig):
-    diffusion_model: str | None = _transformer()
-    vae: str | None = _vae()
-    text_encoders: list[TextEncoder] = option([], "The text encoders, each with path or paths and type.")
 
 
 class LTXVideoConfig(ModelConfig):
@@ -223,39 +204,32 @@ class AuraFlowConfig(FlowConfig):
     )
 
 
-class ZImageConfig(_FromComfyUI):
-    """Z-Image and Z-Image Turbo."""
-
-    type: Literal["z_image"] = "z_image"
-    checkpoint_path: str | None = _file("The whole model as a single file.", "checkpoints")
-
-
-class HunyuanVideo15Config(_FromComfyUI):
+class HunyuanVideo15Config(FromComfyUI):
     """HunyuanVideo 1.5."""
 
     type: Literal["hunyuan_video_15"] = "hunyuan_video_15"
 
 
-class Flux2Config(_FromComfyUI):
+class Flux2Config(FromComfyUI):
     """Flux.2 dev and klein."""
 
     type: Literal["flux2"] = "flux2"
     diffusers_path: str | None = _folder()
 
 
-class ErnieImageConfig(_FromComfyUI):
+class ErnieImageConfig(FromComfyUI):
     """ERNIE-Image."""
 
     type: Literal["ernie_image"] = "ernie_image"
 
 
-class Ideogram4Config(_FromComfyUI):
+class Ideogram4Config(FromComfyUI):
     """Ideogram 4."""
 
     type: Literal["ideogram4"] = "ideogram4"
 
 
-class Krea2Config(_FromComfyUI):
+class Krea2Config(FromComfyUI):
     """Krea 2."""
 
     type: Literal["krea2"] = "krea2"
@@ -269,7 +243,7 @@ class LTX2Config(FlowConfig):
     text_encoder: str = _text_encoder(required=True)
 
 
-class MiniMaxH3Config(_FromComfyUI):
+class MiniMaxH3Config(FromComfyUI):
     """MiniMax H3, video with sound."""
 
     type: Literal["minimax_h3"] = "minimax_h3"

@@ -61,6 +61,12 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
         _train({"type": "chroma", "diffusers_path": "/data/models/FLUX.1-schnell",
                 "transformer_path": "/data/ComfyUI/models/diffusion_models/Chroma1-HD.safetensors",
                 "dtype": "bfloat16", "transformer_dtype": "float8", "flux_shift": True})),
+    "z_image_lora.toml": (
+        "A LoRA for Z-Image from the single files that ComfyUI has",
+        _train({"type": "z_image", "diffusion_model": "/data/ComfyUI/models/diffusion_models/z_image_bf16.safetensors",
+                "vae": "/data/ComfyUI/models/vae/ae.safetensors",
+                "text_encoders": [{"path": "/data/ComfyUI/models/text_encoders/qwen_3_4b.safetensors",
+                                   "type": "lumina2"}], "dtype": "bfloat16", "shift": 3.0})),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

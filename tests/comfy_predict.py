@@ -61,7 +61,7 @@ def load_denoiser(file: Path, task: dict[str, Any], _inputs: Any) -> tuple[Any, 
 
     def told(*args: Any, **kwargs: Any) -> Any:
         found = detect(*args, **kwargs)
-        if wrong := {key: value for key, value in task["widths"].items() if found[key] != value}:
+        if wrong := {key: value for key, value in task["widths"].items() if found.get(key) != value}:
             logging.info("told instead of detected: %s", wrong)
         return {**found, **wrong}
 

@@ -16,9 +16,9 @@ def trained(seed, **numbers):
 @pytest.fixture
 def checkpoint(tmp_path):
     source = trained(0, lr=0.1, weight_decay=0.5)
-    for parameter in source.stepped.values():
-        parameter.grad.fill_(1.0)
-    source.optimizers[0].step()
+    for gradient in source.gradients.views.values():
+        gradient.fill_(1.0)
+    source.step()
     save_checkpoint(RunFolder(tmp_path), 1, "0", True, True, source, {"epoch": 2}, lambda: None, 2)
     return tmp_path / "global_step1", source
 

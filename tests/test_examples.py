@@ -17,7 +17,7 @@ VARIANTS = {"wan_lora.toml": {"variant": "t2v"}, "wan22_high_noise_lora.toml": {
 
 
 def is_path(key: str) -> bool:
-    return key == "path" or key.endswith("_path")
+    return key in ("path", "diffusion_model", "vae", "text_encoders") or key.endswith("_path")
 
 
 def smaller(values: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,14 @@ from diffusers import (
     FluxTransformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
+from diffusion_trainer.models.z_image import ZImage, patches
 from diffusion_trainer.utils.adapted import Adapted, adapted_layers
 from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
@@ -180,6 +182,35 @@ def test_chroma(tmp_path):
     widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
     found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- Z-Image ----------------------------------------------------------------------------------------------
+
+Z_IMAGE = {
+    "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32,
+}  # fmt: skip
+"""What ComfyUI knows by the published width alone; of others it wants 1024 at least."""
+
+
+def test_z_image(tmp_path):
+    if "z_image" not in Path(os.environ["COMFYUI_DIR"], "comfy/utils.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI has no Z-Image")
+    torch.manual_seed(0)
+    denoiser = ZImageTransformer2DModel(dim=1152, n_layers=1, n_heads=9, n_kv_heads=9, cap_feat_dim=64)
+    with torch.no_grad():
+        denoiser.x_pad_token.normal_()
+        denoiser.cap_pad_token.normal_()
+    family = ZImage(validate(ZImage.Config, {"type": "z_image", "dtype": "float32"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
+    batch = family.collate(
+        [Example({"latents": inputs["x"][0]}, {"qwen_embeds": inputs["context"][0]}, inputs["x"][0], 0.5)]
+    )
+    values = inputs["x"], 1 - inputs["timesteps"], *batch.inputs[2:]
+    expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
+    found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
+    assert_same({name: patches(value) for name, value in found.items()}, expected)
 
 
 # -- SDXL -------------------------------------------------------------------------------------------------
