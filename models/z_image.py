@@ -191,11 +191,9 @@ class ZImage(FromComponents, FlowFamily):
 
     def layers(self, denoiser: Any) -> list[Layer]:
         """As `Family.layers`; the denoiser's attention is given its real form, which pipelines run as well."""
-        from .z_image_attention import RealAttention
+        from .z_image_attention import use_real_attention
 
-        for module in denoiser.modules():
-            if hasattr(module, "set_processor"):
-                module.set_processor(RealAttention())
+        use_real_attention(denoiser)
         embedders = {
             "x_embedder": denoiser.all_x_embedder["2-1"],
             "t_embedder": denoiser.t_embedder,

@@ -10,9 +10,17 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 
 from ..utils.rotary import is_fused, norm_rotate
+
+
+def use_real_attention(denoiser: nn.Module) -> None:
+    """Gives all attention of ``denoiser`` the processor below."""
+    for module in denoiser.modules():
+        if isinstance(module, Attention):
+            module.set_processor(RealAttention())
 
 
 class RealAttention:
