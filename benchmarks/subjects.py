@@ -77,6 +77,48 @@ def flux(size: Size, device: torch.device) -> Subject:
     return Subject("flux", RandomFlux, media, {"clip_pooled": (768,), "t5_embeds": (512, 4096)})
 
 
+def chroma(size: Size, device: torch.device) -> Subject:
+    """Chroma1."""
+    from diffusers import ChromaTransformer2DModel
+    from diffusion_trainer.models.chroma import Chroma
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "approximator_hidden_dim": 64}
+
+    class RandomChroma(Chroma):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: ChromaTransformer2DModel(**(shape if size.small else {})))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("chroma", RandomChroma, media, {"t5_embeds": (512, 4096)}, {"t5_mask": (512,)})
+
+
+def z_image(size: Size, device: torch.device) -> Subject:
+    """Z-Image with captions of 128 tokens."""
+    from diffusers import ZImageTransformer2DModel
+    from diffusion_trainer.models.z_image import ZImage
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"dim": 256, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2} if size.small else {}
+
+    class RandomZImage(ZImage):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: ZImageTransformer2DModel(**shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("z_image", RandomZImage, media, {"qwen_embeds": (128, 2560)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -152,6 +194,8 @@ def wan(size: Size, device: torch.device, shape: dict[str, Any], task: Any = "t2
 
 SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux": flux,
+    "chroma": chroma,
+    "z-image": z_image,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

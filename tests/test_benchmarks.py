@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("family", ["flux", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image"))]
+)
 def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]
     command = [
