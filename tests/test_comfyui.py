@@ -96,17 +96,17 @@ print([name for name in ("torch", "diffusers", "transformers", "deepspeed") if n
 
 
 def test_example_trains(server: ComfyUI) -> None:
-    job = server.queue(example(AdvancedTrainConfig__max_steps=20, TensorBoardMonitor__survive_restart=False))
+    job = server.queue(example(AdvancedTrainConfig__max_steps=60, TensorBoardMonitor__survive_restart=False))
     assert job.wait() == "success", job.error()
     (run,) = server.run_folders()
-    assert job.shown(STATUS).startswith("finished: step 20 of 20, loss ")
+    assert job.shown(STATUS).startswith("finished: step 60 of 60, loss ")
     assert "LoRA written to" in job.shown(LOG)
-    steps = [event["value"] for event in job.events("progress") if event["node"] == TRAIN and event["max"] == 20]
+    steps = [event["value"] for event in job.events("progress") if event["node"] == TRAIN and event["max"] == 60]
     assert steps and steps == sorted(steps) and len(set(steps)) >= 2  # as often as the node looked
     texts = job.texts(TRAIN)
     assert any(" s/step" in text and "loss" in text for text in texts), texts
     assert f"{run.name}.safetensors" in texts[-1]
-    for name in ("train.toml", "dataset.toml", "train.log", "status.json", "latest", "global_step20"):
+    for name in ("train.toml", "dataset.toml", "train.log", "status.json", "latest", "global_step60"):
         assert (run / name).exists(), name
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     lora = f"{run.name}.safetensors"
