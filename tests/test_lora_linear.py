@@ -47,4 +47,5 @@ def test_operators_are_well_formed(layers: int) -> None:
     x, down = random(7, 5, seed=0, requires_grad=True), random(2 * layers, 5, seed=4, requires_grad=True)
     scales, biases = [random(6, 1, seed=5)] * layers, [random(6, seed=6)] * layers
     arguments = (x, None, None, weights, scales, [None] * layers, biases, down, ups)
-    torch.library.opcheck(torch.ops.diffusion_trainer.lora_linears.default, arguments)
+    checks = torch.library.opcheck(torch.ops.diffusion_trainer.lora_linears.default, arguments)
+    assert set(checks.values()) == {"SUCCESS"}

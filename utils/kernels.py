@@ -21,9 +21,12 @@ logger = logging.getLogger(__name__)
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 TINY = 1e-12
 """Stands for the largest value of a row of zeros."""
-MOST_RANK = 64
+MOST_RANK = 32
+"""Up to which kernels of our own are as fast as the library's, or faster (H200, torch 2.11)."""
+MOST_RANK_ADDED = 64
+"""The same of `add_low_rank`."""
 FEW_ROWS = 32
-"""Up to fewer rows than these a product takes as long as it takes to read the weight."""
+"""A product of fewer rows takes as long as reading the weight."""
 
 
 @cache
@@ -63,10 +66,9 @@ def _fused(tensor: Tensor, dtype: torch.dtype) -> bool:
     return dtype != torch.float8_e4m3fn or _capability(tensor.device) >= (8, 9)
 
 
-def _has_small_products(tensor: Tensor, rank: int) -> bool:
-    """Whether Triton's kernels of small products are faster than the library's: they were made for ranks up to 64,
-    and need Ampere's memory."""
-    fits = tensor.is_cuda and _is_half(tensor) and rank <= MOST_RANK
+def _has_small_products(tensor: Tensor, rank: int, most: int = MOST_RANK) -> bool:
+    """Whether Triton's kernels of small products are to be taken; they need Ampere's memory."""
+    fits = tensor.is_cuda and _is_half(tensor) and rank <= most
     return fits and _fused(tensor, tensor.dtype) and _capability(tensor.device) >= (8, 0)
 
 
@@ -164,7 +166,7 @@ def multiply_few(x_MK: Tensor, q_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | 
 
 def low_rank(left_MR: Tensor, right_NR: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``left right' + bias`` in the dtype of ``left``, which ``right`` may exceed."""
-    if _has_small_products(left_MR, 2 * left_MR.shape[1]):  # wider ones only read less, which pays with `add_low_rank`
+    if _has_small_products(left_MR, left_MR.shape[1]):
         from . import triton_products
 
         out_MN = left_MR.new_empty(len(left_MR), len(right_NR))
@@ -174,7 +176,7 @@ def low_rank(left_MR: Tensor, right_NR: Tensor, bias_N: Tensor | None = None) ->
 
 def add_low_rank(out_MN: Tensor, left_MR: Tensor, right_NR: Tensor) -> Tensor:
     """``out``, to which ``left right'`` is added in place; ``right`` may be of a higher precision."""
-    if _has_small_products(left_MR, left_MR.shape[1]):
+    if _has_small_products(left_MR, left_MR.shape[1], MOST_RANK_ADDED):
         from . import triton_products
 
         return triton_products.low_rank(left_MR, right_NR, None, out_MN, adds=True)

@@ -39,8 +39,6 @@ DTYPES = {
     "nf4": torch.uint8,
 }
 NF4_BLOCK = 64
-MIN_ROWS = kernels.FEW_ROWS
-"""Products of fewer rows are not quantised: it would cost more than it saves."""
 
 _multiplies_quantised = False
 
@@ -128,7 +126,7 @@ def keep_transposed(module: nn.Module) -> None:
     """Gives layers whose weights are multiplied as they are a transposed copy, which the product of a gradient needs
     and makes each time where there is none. Weights must not change afterwards."""
     for layer in module.modules():
-        if isinstance(layer, StoredLinear) and _can_multiply(layer.weight):
+        if isinstance(layer, StoredLinear) and _is_multipliable(layer.weight):
             layer.weight_transposed = kernels.transpose(layer.weight)
 
 
@@ -158,10 +156,10 @@ def multiply_quantised(on: bool) -> None:
 
 def is_multiplied_quantised(x_MI: Tensor, weight_OI: Tensor) -> bool:
     """Whether the product of these two is computed in the weight's precision."""
-    return _multiplies_quantised and x_MI.shape[0] >= MIN_ROWS and _can_multiply(weight_OI)
+    return _multiplies_quantised and x_MI.shape[0] >= kernels.FEW_ROWS and _is_multipliable(weight_OI)
 
 
-def _can_multiply(weight_OI: Tensor) -> bool:
+def _is_multipliable(weight_OI: Tensor) -> bool:
     is_kind = weight_OI.dtype in (torch.float8_e4m3fn, torch.int8)
     return is_kind and weight_OI.shape[0] % 16 == weight_OI.shape[1] % 16 == 0
 
