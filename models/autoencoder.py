@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..utils.imports import lazy
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 else:
-    diffusers = lazy("diffusers")
+    diffusers, torch = map(lazy, ("diffusers", "torch"))
 
 
 def load_autoencoder(
@@ -34,6 +34,28 @@ def load_autoencoder(
     vae = build(lambda: diffusers.AutoencoderKL.from_config(_config(weights, scaling, shift)))
     fill(vae, reader(weights), dtype, device)
     return vae.eval()
+
+
+FLUX_SCALING, FLUX_SHIFT = 0.3611, 0.1159
+"""Of Flux's latents, which others took over; from the reference code's parameters, as a file does not hold them."""
+
+
+def encode(
+    vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """As `Family.encode_media`, for pictures and a VAE with scaling and shift: a draw from each posterior."""
+    with torch.no_grad():
+        latents_NCHW = vae.encode(pixels_NCFHW.squeeze(2).to(dtype)).latent_dist.sample(list(generators))
+    return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
+
+
+def miniature() -> Any:
+    """A small one of Flux's kind."""
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=8,
+        scaling_factor=FLUX_SCALING, shift_factor=FLUX_SHIFT, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
 
 
 def reader(weights: Weights) -> Callable[[str], torch.Tensor]:

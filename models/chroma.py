@@ -23,15 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..utils.config import SettingsError, option
+from ..utils.config import option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build
 from . import flux
 from .base import Batch, Example, Layer, SampleRequest, Shapes
+from .components import Component, TextEncoder
 from .files import read_json, write_json
 from .flow import FlowConfig
 from .flux import COMPONENTS as FLUX
-from .flux import Component, Flux, TextEncoder, bfl_source, pack, position_ids, read_bfl, to_bfl
+from .flux import Flux, bfl_source, pack, position_ids, read_bfl, to_bfl
 
 if TYPE_CHECKING:
     import diffusers
@@ -101,15 +102,13 @@ class Chroma(Flux):
             return transformer.shape(source_of(name)[0] if is_single else name)
 
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
-        for name, given, taken in (
-            ("vae", channels, shape("proj_out.weight")[0] // 4),
-            ("t5", flux.width_of(parts["t5"]), shape("context_embedder.weight")[1]),
-        ):
-            if given != taken:
-                raise SettingsError(
-                    f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
-                    f"{taken}; give {self.components[name].title}"
-                )
+        self._check_widths(
+            parts,
+            {
+                "vae": (channels, shape("proj_out.weight")[0] // 4),
+                "t5": (flux.width_of(parts["t5"]), shape("context_embedder.weight")[1]),
+            },
+        )
 
     def _component(self, name: str) -> Component:
         """In a folder of Flux T5 is the second text encoder."""
@@ -198,10 +197,7 @@ class Chroma(Flux):
 
     def pipeline(self, denoiser: Any, device: torch.device, text_encoders: bool = True) -> Any:
         t5 = self.load_text_encoder("t5", device) if text_encoders else TextEncoder(None, None)
-        schedule = SCHEDULE
-        if self.config.diffusers_path and not self.config.transformer_path:
-            file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
-            schedule = read_json(file) if file.is_file() else schedule
+        schedule = self._schedule(SCHEDULE)
         self.layers(denoiser)  # for its attention
         return diffusers.ChromaPipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule),

@@ -32,6 +32,11 @@ class Component:
     tokenizer_in_comfyui: str = ""
 
 
+FLUX_VAE = Component(
+    "the Flux VAE, such as ae.safetensors", "vae_path", "vae", "AutoencoderKL",
+    ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model."))  # fmt: skip
+
+
 @dataclass
 class TextEncoder:
     """A text encoder with its tokenizer."""
@@ -98,6 +103,26 @@ class FromComponents:
         if foreign := [name for name in part.foreign if name in weights]:
             raise SettingsError(f"{setting}: '{path}' is not {part.title} (it has '{foreign[0]}')")
         return weights
+
+    def _check_widths(self, parts: Mapping[str, Weights], widths: Mapping[str, tuple[int, int]]) -> None:
+        """That each part has as many features as the transformer takes of it.
+
+        Args:
+            widths: Of what the part has, and of what is taken.
+        """
+        for name, (given, taken) in widths.items():
+            if given != taken:
+                raise SettingsError(
+                    f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
+                    f"{taken}; give {self.components[name].title}"
+                )
+
+    def _schedule(self, usual: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of the folder's scheduler, where its transformer is trained; else the usual one."""
+        if self.config.diffusers_path and not self._given("transformer")[0]:
+            file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
+            return read_json(file) if file.is_file() else usual
+        return usual
 
     def _tokenizer_folder(self, name: str) -> Path:
         part = self._component(name)

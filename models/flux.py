@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
-from .autoencoder import load_autoencoder
+from . import autoencoder
 from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
-from .components import Component, FromComponents, TextEncoder
+from .components import FLUX_VAE, Component, FromComponents, TextEncoder
 from .files import fingerprint, read_json, write_json
 from .flow import FlowConfig, FlowFamily
 
@@ -42,8 +42,6 @@ else:
     diffusers, torch, transformers = map(lazy, ("diffusers", "torch", "transformers"))
     ImageOps = lazy("PIL.ImageOps")
 
-VAE_SCALING, VAE_SHIFT = 0.3611, 0.1159
-"""Of the latents; from the reference code's AutoEncoder parameters, as a single file does not hold them."""
 DEV_SCHEDULE: dict[str, Any] = {
     "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
     "base_image_seq_len": 256, "max_image_seq_len": 4096,
@@ -98,9 +96,7 @@ COMPONENTS = {
         "a Flux transformer, such as flux1-dev.safetensors", "transformer_path", "transformer",
         "FluxTransformer2DModel", ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
         ("model.diffusion_model.", "diffusion_model.")),
-    "vae": Component(
-        "the Flux VAE, such as ae.safetensors", "vae_path", "vae", "AutoencoderKL",
-        ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model.")),
+    "vae": FLUX_VAE,
     "clip": Component(
         "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
         ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",), (),
@@ -148,16 +144,14 @@ class Flux(FromComponents, FlowFamily):
             return transformer.shape(bfl_source(name)[0] if single else name)
 
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
-        for name, given, taken in (
-            ("vae", channels, shape("proj_out.weight")[0] // 4),
-            ("clip", width_of(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
-            ("t5", width_of(parts["t5"]), shape("context_embedder.weight")[1]),
-        ):
-            if given != taken:
-                raise SettingsError(
-                    f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
-                    f"{taken}; give {self.components[name].title}"
-                )
+        self._check_widths(
+            parts,
+            {
+                "vae": (channels, shape("proj_out.weight")[0] // 4),
+                "clip": (width_of(parts["clip"]), shape("time_text_embed.text_embedder.linear_1.weight")[1]),
+                "t5": (width_of(parts["t5"]), shape("context_embedder.weight")[1]),
+            },
+        )
         if shape("x_embedder.weight")[1] != channels * 4:
             raise SettingsError(
                 f"{transformer.option}: '{transformer.path}' takes {shape('x_embedder.weight')[1] // 4} channels, not "
@@ -177,15 +171,14 @@ class Flux(FromComponents, FlowFamily):
     # -- encoding, once per sample, cached ----------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> nn.Module:
-        return load_autoencoder(self._weights("vae"), self.dtype, device, VAE_SCALING, VAE_SHIFT)
+        return autoencoder.load_autoencoder(
+            self._weights("vae"), self.dtype, device, autoencoder.FLUX_SCALING, autoencoder.FLUX_SHIFT
+        )
 
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> dict[str, torch.Tensor]:
-        pixels_NCHW = pixels_NCFHW.squeeze(2).to(self.dtype)
-        with torch.no_grad():
-            latents_NCHW = vae.encode(pixels_NCHW).latent_dist.sample(list(generators))
-        return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
+        return autoencoder.encode(vae, pixels_NCFHW, generators, self.dtype)
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
         weights, folder = self._weights(name), self._tokenizer_folder(name)
@@ -291,10 +284,7 @@ class Flux(FromComponents, FlowFamily):
             self.load_text_encoder(name, device) if text_encoders else TextEncoder(None, None)
             for name in self.text_encoders
         )
-        schedule = DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE
-        if self.config.diffusers_path and not self.config.transformer_path:
-            file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
-            schedule = read_json(file) if file.is_file() else schedule
+        schedule = self._schedule(DEV_SCHEDULE if denoiser.config.guidance_embeds else SCHNELL_SCHEDULE)
         return diffusers.FluxPipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule),
             vae=self.load_vae(device),
@@ -585,10 +575,7 @@ def miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) ->
         "transformer": diffusers.FluxTransformer2DModel(
             in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=32, pooled_projection_dim=16, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6)),
-        "vae": diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=8,
-            scaling_factor=VAE_SCALING, shift_factor=VAE_SHIFT, use_quant_conv=False, use_post_quant_conv=False),
+        "vae": autoencoder.miniature(),
         "text_encoder": transformers.CLIPTextModel(clip),
         "text_encoder_2": transformers.T5EncoderModel(t5),
     }  # fmt: skip

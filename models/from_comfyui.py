@@ -8,7 +8,7 @@ from ..utils.config import Table, option
 from .flow import FlowConfig
 
 
-class TextEncoder(Table):
+class TextEncoderFiles(Table):
     """One entry of ``text_encoders``, as ComfyUI's CLIP loaders take it."""
 
     path: str | None = option(None, "The file.", picker="text_encoders")
@@ -16,7 +16,7 @@ class TextEncoder(Table):
     type: str | None = option(None, "ComfyUI's name for this kind of encoder.")
 
     @model_validator(mode="after")
-    def _one(self) -> TextEncoder:
+    def _one(self) -> TextEncoderFiles:
         if bool(self.path) == bool(self.paths):
             raise ValueError("text_encoders: each entry needs 'path' or 'paths', one of the two")
         return self
@@ -27,4 +27,4 @@ class FromComfyUI(FlowConfig):
 
     diffusion_model: str | None = option(None, "Transformer as a single file.", picker="diffusion_models")
     vae: str | None = option(None, "VAE as a single file.", picker="vae")
-    text_encoders: list[TextEncoder] = option([], "The text encoders, each with path or paths and type.")
+    text_encoders: list[TextEncoderFiles] = option([], "The text encoders, each with path or paths and type.")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
-from .autoencoder import load_autoencoder
+from . import autoencoder
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
-from .components import Component, FromComponents, TextEncoder
+from .components import FLUX_VAE, Component, FromComponents, TextEncoder
 from .files import fingerprint, read_json, write_json
 from .flow import FlowFamily
 from .from_comfyui import FromComfyUI
@@ -42,8 +43,6 @@ else:
     diffusers, tokenizers, torch, transformers = map(lazy, ("diffusers", "tokenizers", "torch", "transformers"))
     nn = lazy("torch.nn")
 
-VAE_SCALING, VAE_SHIFT = 0.3611, 0.1159
-"""Of Flux's latents, as a single file does not hold them."""
 SCHEDULE: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": False}
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 """A prompt as Qwen3 is asked it: its chat template with thinking left to it."""
@@ -76,9 +75,7 @@ COMPONENTS = {
         "a Z-Image transformer, such as z_image_turbo_bf16.safetensors", "diffusion_model", "transformer",
         "ZImageTransformer2DModel", ("noise_refiner.0.attention.qkv.weight", "cap_pad_token"),
         ("model.diffusion_model.", "diffusion_model.")),
-    "vae": Component(
-        "the Flux VAE, such as ae.safetensors", "vae", "vae", "AutoencoderKL",
-        ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model.")),
+    "vae": replace(FLUX_VAE, option="vae"),
     "qwen": Component(
         "Qwen3 4B, such as qwen_3_4b.safetensors", "text_encoders", "text_encoder", "Qwen3",
         ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"),
@@ -124,15 +121,13 @@ class ZImage(FromComponents, FlowFamily):
         def shape(name: str) -> tuple[int, ...]:
             return transformer.shape(source_of(name)[0] if is_single else name)
 
-        for name, given, taken in (
-            ("vae", parts["vae"].shape("decoder.conv_in.weight")[1], shape("all_x_embedder.2-1.weight")[1] // 4),
-            ("qwen", _qwen_width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
-        ):
-            if given != taken:
-                raise SettingsError(
-                    f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
-                    f"{taken}; give {self.components[name].title}"
-                )
+        self._check_widths(
+            parts,
+            {
+                "vae": (parts["vae"].shape("decoder.conv_in.weight")[1], shape("all_x_embedder.2-1.weight")[1] // 4),
+                "qwen": (_qwen_width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
+            },
+        )
 
     def identity(self, part: str) -> str:
         identity = {"weights": fingerprint(self._place(part)[0]), "dtype": self.config.dtype}
@@ -146,15 +141,14 @@ class ZImage(FromComponents, FlowFamily):
     # -- encoding, once per sample, cached ----------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> nn.Module:
-        return load_autoencoder(self._weights("vae"), self.dtype, device, VAE_SCALING, VAE_SHIFT)
+        return autoencoder.load_autoencoder(
+            self._weights("vae"), self.dtype, device, autoencoder.FLUX_SCALING, autoencoder.FLUX_SHIFT
+        )
 
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> dict[str, torch.Tensor]:
-        pixels_NCHW = pixels_NCFHW.squeeze(2).to(self.dtype)
-        with torch.no_grad():
-            latents_NCHW = vae.encode(pixels_NCHW).latent_dist.sample(list(generators))
-        return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
+        return autoencoder.encode(vae, pixels_NCFHW, generators, self.dtype)
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
         weights = self._weights(name)
@@ -217,7 +211,7 @@ class ZImage(FromComponents, FlowFamily):
             text_NLD[row, : len(text_LD)] = text_LD
             kinds_NL[row, :length] = PADDING
             kinds_NL[row, : len(text_LD)] = REAL
-        # One column where all is seen: attention without a mask is twice as fast
+        # One column where all is seen: without a mask attention may take faster kernels
         is_ragged = min(lengths) < max(lengths)
         seen_NL = (kinds_NL != NOTHING).to(torch.uint8)[:, : None if is_ragged else 1]
         target_NTK = -patches(velocity_NCHW)
@@ -245,10 +239,7 @@ class ZImage(FromComponents, FlowFamily):
 
     def pipeline(self, denoiser: Any, device: torch.device, text_encoders: bool = True) -> Any:
         qwen = self.load_text_encoder("qwen", device) if text_encoders else TextEncoder(None, None)
-        schedule = SCHEDULE
-        if self.config.diffusers_path:
-            file = Path(self.config.diffusers_path).expanduser() / "scheduler" / "scheduler_config.json"
-            schedule = read_json(file) if file.is_file() else schedule
+        schedule = self._schedule(SCHEDULE)
         self.layers(denoiser)  # for its attention
         return diffusers.ZImagePipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(schedule),
@@ -467,10 +458,7 @@ def _miniature_parts(vocabulary: int) -> dict[str, Any]:
         "transformer": diffusers.ZImageTransformer2DModel(
             in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
             axes_dims=[4, 6, 6], axes_lens=[1536, 512, 512]),
-        "vae": diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=8,
-            scaling_factor=VAE_SCALING, shift_factor=VAE_SHIFT, use_quant_conv=False, use_post_quant_conv=False),
+        "vae": autoencoder.miniature(),
         "text_encoder": transformers.Qwen3Model(qwen),
     }  # fmt: skip
     with torch.no_grad():

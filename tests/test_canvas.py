@@ -27,9 +27,9 @@ ELSEWHERE = {
     "DatasetSettings.directory": "the path nodes and Add Dataset Folder",
     "Directory.control_paths": "Multi Image Edit Dataset Path",
     "FromComfyUI.text_encoders": "text_encoder_path of Z-Image Model; Text_Encoder and ByT5 of HunyuanVideo 1.5 Model",
-    "TextEncoder.path": "the same",
-    "TextEncoder.paths": "the same",
-    "TextEncoder.type": "follows from the node",
+    "TextEncoderFiles.path": "the same",
+    "TextEncoderFiles.paths": "the same",
+    "TextEncoderFiles.type": "follows from the node",
 }
 PARTITIONS = ["cost", "parameters", "uniform", "type:Transformer"]
 """What partition_method may say besides manual, which partition_split implies."""
