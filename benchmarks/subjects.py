@@ -78,7 +78,7 @@ def flux(size: Size, device: torch.device) -> Subject:
 
 
 def chroma(size: Size, device: torch.device) -> Subject:
-    """Chroma1."""
+    """Chroma1 with captions of 128 tokens."""
     from diffusers import ChromaTransformer2DModel
     from diffusion_trainer.models.chroma import Chroma
     from diffusion_trainer.utils.weights import build
@@ -95,7 +95,7 @@ def chroma(size: Size, device: torch.device) -> Subject:
             return random_weights(self.build_denoiser(), device)
 
     media = {"latents": (16, size.height // 8, size.width // 8)}
-    return Subject("chroma", RandomChroma, media, {"t5_embeds": (512, 4096)}, {"t5_mask": (512,)})
+    return Subject("chroma", RandomChroma, media, {"t5_embeds": (128, 4096)})
 
 
 def z_image(size: Size, device: torch.device) -> Subject:

@@ -1,11 +1,12 @@
 """Chroma, by Lodestone Rock: Flux schnell without guidance, its modulations by one small network.
 
 The double and single blocks are Flux's without modulations of their own: the approximator makes those of all blocks
-from the time, and is not trained. There is no pooled text. Padding of the T5 caption is masked but for its first
-token, for T5 and for attention. The network predicts noise - x0.
+from the time, and is not trained. There is no pooled text. Of the T5 caption's padding the network sees the first
+token alone; T5 sees none. The network predicts noise - x0.
 
-diffusers 0.42 adds its mask of ones and zeros to the attention scores, which hides nothing; here what is masked is not
-seen, and ComfyUI does not pad at all. The layers equal diffusers' transformer, given a boolean mask, bit for bit.
+Captions have their own lengths here, as in ComfyUI, so that nothing is masked where they are equally long; diffusers
+0.42 pads them to 512 tokens and adds its mask of ones and zeros to the attention scores, which hides nothing. The
+layers equal diffusers' transformer, given a boolean mask, bit for bit, and captions with padding within rounding.
 
 Reference: https://huggingface.co/lodestones/Chroma1-HD, and diffusers' ChromaPipeline. Licence of the weights:
 Apache-2.0.
@@ -15,6 +16,7 @@ Shape legend: as in `flux`; M modulations of all blocks.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +29,8 @@ from ..utils.config import option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build
 from . import flux
-from .base import Batch, Example, Layer, SampleRequest, Shapes
+from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
+from .captions import side_by_side
 from .components import Component, TextEncoder
 from .files import read_json, write_json
 from .flow import FlowConfig
@@ -43,6 +46,8 @@ else:
 
 SCHEDULE: dict[str, Any] = {"shift": math.exp(1.15), "use_dynamic_shifting": False}
 """As ComfyUI samples it, where no folder says otherwise."""
+USUAL_LENGTH = 128
+"""Tokens of a caption, for estimates."""
 
 
 class ChromaConfig(FlowConfig):
@@ -119,19 +124,24 @@ class Chroma(Flux):
                 return FLUX["t5"]
         return part
 
+    def identity(self, part: str) -> str:
+        """Captions with the padding that is kept."""
+        identity = json.loads(super().identity(part))
+        return json.dumps(identity | {"padding": "1"} if part in self.text_encoders else identity)
+
     # -- encoding, once per sample, cached ----------------------------------------------------------
 
-    def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """With ``t5_mask`` (L): 1 for the caption's tokens and the first of the padding."""
+    def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> Encodings:
+        """With the first token of the padding, where a caption leaves room for one."""
         tokens = encoder.tokenizer(
             list(captions), padding="max_length", max_length=self.config.max_sequence_length, truncation=True,
             return_tensors="pt",
         )  # fmt: skip
         ids_NL, mask_NL = (value.to(encoder.model.device) for value in (tokens.input_ids, tokens.attention_mask))
         with torch.no_grad():
-            states_NLD = encoder.model(ids_NL, attention_mask=mask_NL).last_hidden_state
-        seen_NL = torch.arange(mask_NL.shape[1], device=mask_NL.device) <= mask_NL.sum(1, keepdim=True)
-        return {"t5_embeds": states_NLD.to(self.dtype), "t5_mask": seen_NL.to(torch.uint8)}
+            states_NLD = encoder.model(ids_NL, attention_mask=mask_NL).last_hidden_state.to(self.dtype)
+        lengths = mask_NL.sum(1).tolist()
+        return {"t5_embeds": [states_LD[: length + 1] for states_LD, length in zip(states_NLD, lengths, strict=True)]}
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -172,19 +182,17 @@ class Chroma(Flux):
         x_t_NCHW, t_N, velocity_NCHW = self.noised(examples)
         # The network is told the time as the pipeline rounds it: t * 1000 in the latents' precision.
         told_N = ((t_N * 1000).to(self.dtype) / 1000).float()
-        text_NLD = torch.stack([example.text["t5_embeds"] for example in examples]).to(self.dtype)
-        mask_NL = torch.stack([example.text["t5_mask"] for example in examples]).to(torch.uint8)
+        text_NLD, seen_NL = side_by_side([example.text["t5_embeds"].to(self.dtype) for example in examples])
         target_NTD = pack(velocity_NCHW)
         return Batch(
-            inputs=(x_t_NCHW.to(self.dtype), told_N, text_NLD, mask_NL),
+            inputs=(x_t_NCHW.to(self.dtype), told_N, text_NLD, seen_NL),
             target=target_NTD,
             weight=self.time_weight(t_N, target_NTD),
         )
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
         config: Any = self.build_denoiser().config
-        length = self.config.max_sequence_length
-        text = {"t5_embeds": (length, config.joint_attention_dim), "t5_mask": (length,)}
+        text = {"t5_embeds": (min(USUAL_LENGTH, self.config.max_sequence_length), config.joint_attention_dim)}
         return {"latents": (config.in_channels // 4, *latent_size[1:])}, text
 
     # -- results ------------------------------------------------------------------------------------
@@ -210,8 +218,9 @@ class Chroma(Flux):
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         for prefix, text in (("", request.text), ("negative_", request.negative_text)):
-            arguments[f"{prefix}prompt_embeds"] = text["t5_embeds"][None].to(device)
-            arguments[f"{prefix}prompt_attention_mask"] = text["t5_mask"][None].to(device, torch.bool)
+            embeds_NLD = arguments[f"{prefix}prompt_embeds"] = text["t5_embeds"][None].to(device)
+            mask_NL = torch.ones(embeds_NLD.shape[:2], dtype=torch.bool, device=device)
+            arguments[f"{prefix}prompt_attention_mask"] = mask_NL
         return arguments
 
     @classmethod
@@ -241,14 +250,14 @@ Tensors = tuple["torch.Tensor", ...]
 
 
 def _embed(
-    modules: Any, x_t_NCHW: torch.Tensor, t_N: torch.Tensor, text_NLD: torch.Tensor, mask_NL: torch.Tensor
+    modules: Any, x_t_NCHW: torch.Tensor, t_N: torch.Tensor, text_NLD: torch.Tensor, seen_NL: torch.Tensor
 ) -> Tensors:
     x_NTD = modules.x_embedder(pack(x_t_NCHW))
     modulations_NMD = modules.distilled_guidance_layer(_times(modules.time_text_embed, t_N.to(x_NTD.dtype) * 1000))
     height, width = x_t_NCHW.shape[2] // 2, x_t_NCHW.shape[3] // 2
     cos, sin = modules.pos_embed(position_ids(text_NLD.shape[1], height, width, x_NTD.device))
-    mask_NT = torch.cat([mask_NL, mask_NL.new_ones(x_NTD.shape[:2])], dim=1)
-    return x_NTD, modules.context_embedder(text_NLD), modulations_NMD, cos.contiguous(), sin.contiguous(), mask_NT
+    seen_NT = torch.cat([seen_NL, seen_NL.new_ones(x_NTD.shape[:2])], dim=1) if seen_NL.shape[1] > 1 else seen_NL
+    return x_NTD, modules.context_embedder(text_NLD), modulations_NMD, cos.contiguous(), sin.contiguous(), seen_NT
 
 
 def _times(embedder: Any, time_N: torch.Tensor) -> torch.Tensor:
@@ -261,27 +270,32 @@ def _times(embedder: Any, time_N: torch.Tensor) -> torch.Tensor:
     return torch.cat([told_NMD, places_NMD], dim=-1)
 
 
+def _mask(seen_NT: torch.Tensor) -> torch.Tensor | None:
+    """None where all is seen, which one column says."""
+    return seen_NT.bool() if seen_NT.shape[1] > 1 else None
+
+
 def _double(
     modules: Any, x_NTD: torch.Tensor, text_NLD: torch.Tensor, modulations_NMD: torch.Tensor, cos: torch.Tensor,
-    sin: torch.Tensor, mask_NT: torch.Tensor, *, image: int, text: int,
+    sin: torch.Tensor, seen_NT: torch.Tensor, *, image: int, text: int,
 ) -> Tensors:  # fmt: skip
     mine_NMD = torch.cat([modulations_NMD[:, image : image + 6], modulations_NMD[:, text : text + 6]], dim=1)
-    text_NLD, x_NTD = modules.block(x_NTD, text_NLD, mine_NMD, (cos, sin), mask_NT.bool())
-    return x_NTD.contiguous(), text_NLD.contiguous(), modulations_NMD, cos, sin, mask_NT
+    text_NLD, x_NTD = modules.block(x_NTD, text_NLD, mine_NMD, (cos, sin), _mask(seen_NT))
+    return x_NTD.contiguous(), text_NLD.contiguous(), modulations_NMD, cos, sin, seen_NT
 
 
 def _single(
     modules: Any, x_NTD: torch.Tensor, text_NLD: torch.Tensor, modulations_NMD: torch.Tensor, cos: torch.Tensor,
-    sin: torch.Tensor, mask_NT: torch.Tensor, *, first: int,
+    sin: torch.Tensor, seen_NT: torch.Tensor, *, first: int,
 ) -> Tensors:  # fmt: skip
     joined_NTD = torch.cat([text_NLD, x_NTD], dim=1)
-    joined_NTD = modules.block(joined_NTD, modulations_NMD[:, first : first + 3], (cos, sin), mask_NT.bool())
+    joined_NTD = modules.block(joined_NTD, modulations_NMD[:, first : first + 3], (cos, sin), _mask(seen_NT))
     text_NLD, x_NTD = joined_NTD.split([text_NLD.shape[1], x_NTD.shape[1]], dim=1)
-    return x_NTD.contiguous(), text_NLD.contiguous(), modulations_NMD, cos, sin, mask_NT
+    return x_NTD.contiguous(), text_NLD.contiguous(), modulations_NMD, cos, sin, seen_NT
 
 
 def _out(
-    modules: Any, x_NTD: torch.Tensor, _text: Any, modulations_NMD: torch.Tensor, _cos: Any, _sin: Any, _mask: Any
+    modules: Any, x_NTD: torch.Tensor, _text: Any, modulations_NMD: torch.Tensor, _cos: Any, _sin: Any, _seen: Any
 ) -> torch.Tensor:
     prediction: torch.Tensor = modules.proj_out(modules.norm_out(x_NTD, modulations_NMD[:, -2:]))
     return prediction

@@ -80,13 +80,14 @@ def test_step_equals_the_librarys_transformer_with_a_boolean_mask(folder, dtype)
     pipeline, texts = library_pipeline(folder, dtype), encoded(family)
     batch = batch_of(family, texts)
     x_t, told, text, mask = batch.inputs
+    assert text.shape[1] == mask.shape[1] < 32
     sigmas = torch.tensor([family.timestep(quantile, (8, 12)) for quantile in (0.2, 0.7)])
     with torch.no_grad():
         expected = pipeline.transformer(
             hidden_states=pipeline._pack_latents(x_t, 2, 16, 8, 12),
             timestep=(sigmas * 1000).to(dtype) / 1000,
             encoder_hidden_states=text,
-            txt_ids=torch.zeros(32, 3),
+            txt_ids=torch.zeros(text.shape[1], 3),
             img_ids=pipeline._prepare_latent_image_ids(2, 4, 6, CPU, dtype),
             attention_mask=pipeline._prepare_attention_mask(2, 24, dtype, mask.bool()),
             return_dict=False,
@@ -96,27 +97,56 @@ def test_step_equals_the_librarys_transformer_with_a_boolean_mask(folder, dtype)
     assert torch.equal(prediction, expected)
 
 
-def test_text_equals_the_pipelines(folder):
-    family = chroma(diffusers_path=folder)
-    pipeline = library_pipeline(folder)
+def padded(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions as the pipeline has them, and its mask."""
     with torch.no_grad():
-        embeds, _, mask, *_ = pipeline.encode_prompt(
+        embeds, _, mask, *_ = library_pipeline(folder).encode_prompt(
             CAPTIONS, do_classifier_free_guidance=False, max_sequence_length=32
         )
-    for text, embed, seen in zip(encoded(family), embeds, mask, strict=True):
-        assert torch.equal(text["t5_embeds"], embed)
-        assert torch.equal(text["t5_mask"].bool(), seen.bool())
-        assert 2 < text["t5_mask"].sum() < 32
+    return embeds, mask.bool()
+
+
+def test_text_equals_the_pipelines(folder):
+    lengths = []
+    for text, embed, seen in zip(encoded(chroma(diffusers_path=folder)), *padded(folder), strict=True):
+        assert torch.equal(text["t5_embeds"], embed[seen])
+        lengths.append(len(text["t5_embeds"]))
+    assert 2 < lengths[1] < lengths[0] < 32
+
+
+def test_a_long_caption_is_cut_and_has_no_padding(folder):
+    family = chroma(diffusers_path=folder, max_sequence_length=5)
+    (embeds,) = family.encode_text("t5", family.load_text_encoder("t5", CPU), ["a photo of a red cat"])["t5_embeds"]
+    assert embeds.shape == (5, 32)
+
+
+def test_captions_in_their_own_length_are_captions_with_masked_padding(folder):
+    """One by one, where nothing is masked, and together, where the shorter one has some padding."""
+    family = chroma(diffusers_path=folder)
+    denoiser, texts = family.load_denoiser(CPU), encoded(family)
+    embeds, mask = padded(folder)
+    x_t, told, *_ = batch_of(family, texts).inputs
+    expected = predict(family, denoiser, (x_t, told, embeds, mask.to(torch.uint8)))
+    together = predict(family, denoiser, batch_of(family, texts).inputs)
+    torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5)
+    for row, text in enumerate(texts):
+        one = text["t5_embeds"][None], torch.ones(1, 1, dtype=torch.uint8)
+        found = predict(family, denoiser, (x_t[row : row + 1], told[row : row + 1], *one))
+        torch.testing.assert_close(found[0], expected[row], atol=1e-5, rtol=1e-5)
+        seen = predict(family, denoiser, (x_t, told, embeds, torch.ones(2, 1, dtype=torch.uint8)))
+        assert not torch.allclose(seen[row], expected[row], atol=1e-3)
 
 
 def test_what_is_masked_is_not_seen(folder):
     family = chroma(diffusers_path=folder)
-    denoiser, texts = family.load_denoiser(CPU), encoded(family)
-    plain = predict(family, denoiser, batch_of(family, texts).inputs)
-    hidden = texts[1]["t5_mask"] == 0
-    for place, changes in ((hidden, False), (~hidden, True)):
-        other = [texts[0], {**texts[1], "t5_embeds": texts[1]["t5_embeds"] + 3.0 * place[:, None]}]
-        found = predict(family, denoiser, batch_of(family, other).inputs)
+    denoiser = family.load_denoiser(CPU)
+    x_t, told, text, mask = batch_of(family, encoded(family)).inputs
+    plain = predict(family, denoiser, (x_t, told, text, mask))
+    assert mask[0].all()
+    for place, changes in ((mask[1] == 0, False), (mask[1] == 1, True)):
+        other = text.clone()
+        other[1, place] += 3.0
+        found = predict(family, denoiser, (x_t, told, other, mask))
         assert torch.equal(found[0], plain[0])
         assert torch.allclose(found[1], plain[1], atol=1e-5) is not changes
 
@@ -139,7 +169,7 @@ def test_a_folder_of_flux_gives_vae_and_t5(folder, single, tmp_path):
     family.check_files()
     assert family._place("t5")[0] == tmp_path / "text_encoder_2"
     assert family._tokenizer_folder("t5") == tmp_path / "tokenizer_2"
-    assert encoded(family)[0]["t5_embeds"].shape == (32, 32)
+    assert encoded(family)[0]["t5_embeds"].shape[1] == 32
     assert family.pipeline(family.load_denoiser(CPU), CPU).scheduler.config.shift == pytest.approx(3.158, abs=1e-3)
 
 
