@@ -1,14 +1,19 @@
 """The speed features of a GPU change no result."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from diffusion_trainer.models import families
 from diffusion_trainer.utils.graphs import StageGraphs, StepGraphs
 from training import Bench, Result
 
 pytestmark = pytest.mark.gpu
+BENCHED = ("flux", "wan")
+"""Families with which all of this is tried."""
 
 
-@pytest.fixture(scope="module", params=["flux", "wan"])
+@pytest.fixture(scope="module", params=BENCHED)
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("gpu"), request.param)
 
@@ -66,6 +71,16 @@ def test_stored_weights_swapped_and_compiled(bench: Bench, name: str) -> None:
     assert stored == pytest.approx(exact, rel=0.15)
     fast = bench.train(model=model, compile=True, blocks_to_swap=100)
     assert fast.curve("loss") == pytest.approx(stored, rel=2e-2)
+
+
+@pytest.mark.parametrize("family", [name for name in families() if name not in BENCHED])
+def test_each_family_compiled_and_swapped(family: str, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, family)
+    plain = bench.train(cuda_graphs=False)
+    for changes in ({}, {"compile": True}, {"compile": True, "blocks_to_swap": 100}):
+        result = bench.train(**changes)
+        assert result.curve("loss") == pytest.approx(plain.curve("loss"), rel=2e-3), changes
+        assert result.curve("grad_norm") == pytest.approx(plain.curve("grad_norm"), rel=2e-2), changes
 
 
 def stage_and_weight() -> tuple:
