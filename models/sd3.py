@@ -121,6 +121,7 @@ class SD3(FromComponents, FlowFamily):
         ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
     )
     adapter_blocks = ("JointTransformerBlock",)
+    says_alpha = False  # diffusers refuses a file that does
     high_precision = ("^pos_embed", "^time_text_embed", "^context_embedder", "^norm_out", "^proj_out")
 
     # -- files ------------------------------------------------------------------------------------

@@ -37,10 +37,8 @@ class FusedJointAttention(JointAttnProcessor2_0):
         norms = [norm for _, _, pair in streams for norm in pair]
         lengths = [x_NTD.shape[1] for x_NTD, _, _ in streams]
         head_dim = attn.inner_dim // attn.heads
-        if None in norms or not hidden_states.is_cuda:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         angles = _no_turn(sum(lengths), head_dim, hidden_states.device)
-        if not is_fused(hidden_states, head_dim, [norm.weight for norm in norms], *angles):
+        if None in norms or not is_fused(hidden_states, head_dim, [norm.weight for norm in norms], *angles):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
         parts = [[layer(x_NTD).unflatten(-1, (-1, head_dim)) for layer in layers] for x_NTD, layers, _ in streams]
         queries, keys, values = zip(*parts, strict=True)
