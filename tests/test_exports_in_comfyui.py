@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
@@ -28,6 +29,7 @@ from diffusers import (
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.sd3 import SD3
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
 from diffusion_trainer.models.z_image import ZImage, patches
@@ -211,6 +213,37 @@ def test_z_image(tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
     found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
     assert_same({name: patches(value) for name, value in found.items()}, expected)
+
+
+# -- Stable Diffusion 3 -----------------------------------------------------------------------------------
+
+SD3S: dict[str, dict[str, Any]] = {
+    "sd3": {},
+    "sd35_medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+    "sd35_large": {"qk_norm": "rms_norm"},
+}
+"""As many blocks as heads, of 64 features, as ComfyUI takes for granted."""
+
+
+@pytest.mark.parametrize("variant", SD3S)
+def test_sd3(variant, tmp_path):
+    torch.manual_seed(0)
+    denoiser = SD3Transformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=64, caption_projection_dim=128,
+        pooled_projection_dim=32, pos_embed_max_size=24, **SD3S[variant])  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm_" in name and parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    denoiser.save_pretrained(tmp_path / "model/transformer")
+    family = SD3(validate(SD3.Config, {"type": "sd3", "dtype": "float32", "diffusers_path": str(tmp_path / "model")}))
+    parameters = dict(denoiser.named_parameters())
+    exported = {**family.other_tensors(parameters), **family.comfyui_tensors(parameters)}
+    save_file({name: value.detach().contiguous() for name, value in exported.items()}, tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([612.5]), "context": torch.randn(1, 20, 64)}
+    inputs["y"] = torch.randn(1, 32)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    assert_same(answers(tmp_path, inputs, widths={}), expected)
 
 
 # -- SDXL -------------------------------------------------------------------------------------------------
