@@ -525,7 +525,7 @@ def _miniature_parts(variant: str, clip_vocabulary: int, t5_vocabulary: int) -> 
     t5 = transformers.T5Config(
         vocab_size=t5_vocabulary, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
         feed_forward_proj="gated-gelu")  # fmt: skip
-    heads = {"attention_head_dim": 32, "num_attention_heads": 1, "qk_norm": None}
+    heads: dict[str, Any] = {"attention_head_dim": 32, "num_attention_heads": 1, "qk_norm": None}
     if variant != "sd3":
         heads = {"attention_head_dim": 16, "num_attention_heads": 2, "qk_norm": "rms_norm"}
     models: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 against diffusers' StableDiffusion3Pipeline, their files in every layout, and refusals."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -508,15 +509,17 @@ def block_and_inputs(dtype: torch.dtype, last: bool = False) -> tuple[Any, list[
     return block, [torch.randn(2, *size, 32).to(dtype) for size in ((40,), (24,), ())]
 
 
-def through(block: Any, inputs: list[torch.Tensor], processor: Any) -> list[torch.Tensor]:
+def through(block: Any, inputs: list[torch.Tensor], processor: Any, compiled: bool = False) -> list[torch.Tensor]:
     """What comes out, text before image, and the gradients of the inputs."""
     for attention in (block.attn, block.attn2):
         if attention is not None:
             attention.set_processor(processor)
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-    results = [result for result in block(*leaves) if result is not None]
+    run = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+    results = [result for result in run(*leaves) if result is not None]
     torch.manual_seed(1)
-    grads = torch.autograd.grad(results, leaves, [torch.randn_like(result) for result in results])
+    given = [torch.randn(result.shape).to(result) for result in results]
+    grads = torch.autograd.grad(results, leaves, given)
     return [*(result.detach() for result in results), *grads]
 
 
@@ -531,6 +534,28 @@ def test_blocks_are_the_librarys(dtype, last, monkeypatch):
     monkeypatch.setattr(JointAttnProcessor2_0, "__call__", None)  # is not asked
     for ours, reference in zip(through(block, inputs, FusedJointAttention()), plain, strict=True):
         assert (ours - reference).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * reference.norm()
+
+
+def test_a_compiled_block_is_one_graph(monkeypatch):
+    block, inputs = block_and_inputs(torch.float32)
+    plain = through(block, inputs, JointAttnProcessor2_0())
+    for fused in (False, True):
+        torch._dynamo.reset()
+        monkeypatch.setattr(sd3_attention, "is_fused", lambda *_, fused=fused: fused)
+        torch.testing.assert_close(through(block, inputs, FusedJointAttention(), compiled=True), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True])
+def test_fused_blocks_are_as_good_as_the_librarys(last):
+    block, inputs = block_and_inputs(torch.bfloat16, last)
+    exact = through(copy.deepcopy(block).double(), [x.double() for x in inputs], JointAttnProcessor2_0())
+    block, inputs = block.cuda(), [x.cuda() for x in inputs]
+    plain, ours = (through(block, inputs, kind()) for kind in (JointAttnProcessor2_0, FusedJointAttention))
+    for found, reference, value in zip(ours, plain, exact, strict=True):
+        errors = [(x.double().cpu() - value).norm() for x in (found, reference)]
+        assert errors[0] < 1.2 * errors[1] + 1e-3 * value.norm()
 
 
 def test_a_model_without_norms_has_the_librarys_attention(folders, monkeypatch):
