@@ -196,6 +196,13 @@ class SD3(FromComponents, FlowFamily):
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> dict[str, torch.Tensor]:
+        height, width = pixels_NCFHW.shape[-2:]
+        longest = self._network["pos_embed_max_size"] * self.size_multiple
+        if max(height, width) > longest:
+            raise SettingsError(
+                f"dataset: pictures of {width}x{height} are too long for this model, which has places for {longest} "
+                "pixels at most each way; choose smaller resolutions or sides that differ less"
+            )
         return autoencoder.encode(vae, pixels_NCFHW, generators, self.dtype)
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:

@@ -19,6 +19,7 @@ from diffusion_trainer.models.clip import projected_config
 from diffusion_trainer.models.sd3 import SD3, joined_text, read_original, to_original, transformer_config
 from diffusion_trainer.models.sd3_attention import FusedJointAttention
 from diffusion_trainer.utils.adapted import adapted_layers
+from diffusion_trainer.utils.adapter_files import fuse
 from diffusion_trainer.utils.adapter_settings import Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
@@ -194,6 +195,18 @@ def test_latents_equal_the_pipelines(folder, dtype):
         )
     assert torch.equal(latents, expected)
     assert latents.shape == (1, 16, 6, 4)
+
+
+def test_pictures_without_places_are_refused_before_they_are_trained(folder):
+    """64 patches of 16 pixels are as many as diffusers' transformer takes."""
+    family = sd3(folder)
+    vae = family.load_vae(CPU)
+    wide = torch.zeros(1, 3, 1, 16, 1040)
+    with pytest.raises(
+        SettingsError, match="pictures of 1040x16 are too long for this model, which has places for 1024"
+    ):
+        family.encode_media(vae, wide, [torch.Generator()])
+    assert family.encode_media(vae, wide[..., :1024], [torch.Generator()])["latents"].shape == (1, 16, 2, 128)
 
 
 def test_pipeline_has_the_librarys_schedule(folder):
@@ -467,6 +480,29 @@ def test_lora_moves_the_pipeline_as_in_training(variant, folders, tmp_path):
     )
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     assert (ours - bare).norm() > 0.05 * bare.norm()
+
+
+@pytest.mark.parametrize("spelling", ["diffusion_model.{}.lora_B.weight", "lora_unet_{}.lora_up.weight"])
+def test_a_lora_of_comfyuis_layers_is_added(spelling, folder, tmp_path):
+    """Its layers are several of diffusers', or have other rows."""
+    family, generator = sd3(folder), torch.Generator().manual_seed(2)
+    changed = {name: value.float() for name, value in tensors(folder, "transformer").items()}
+    lora = {}
+    for name, value in changed.items():
+        if not name.endswith(".weight") or value.ndim < 2:
+            continue
+        up, down = (torch.randn(n, 3, generator=generator) * 0.1 for n in (value.shape[0], value[0].numel()))
+        changed[name] = value + (up @ down.T).view_as(value)
+        key, stem = spelling.split("{}"), name.removesuffix(".weight")
+        key = key[0] + (stem.replace(".", "_") if key[0].endswith("_") else stem) + key[1]
+        lora |= {key: up, key.replace("lora_B", "lora_A").replace("lora_up", "lora_down"): down.T.contiguous()}
+    save_file(changed, tmp_path / "changed.safetensors")
+    save_file(lora, tmp_path / "lora.safetensors")
+    expected = sd3(folder, transformer_path=tmp_path / "changed.safetensors").load_denoiser(CPU).state_dict()
+    denoiser = family.load_denoiser(CPU)
+    fuse(denoiser, family, [(tmp_path / "lora.safetensors", 1.0)], "adapter.fuse_adapters")
+    for name, value in denoiser.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_rows_of_a_dora_lie_as_in_comfyuis_weights(folder):
