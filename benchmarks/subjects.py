@@ -119,6 +119,43 @@ def z_image(size: Size, device: torch.device) -> Subject:
     return Subject("z_image", RandomZImage, media, {"qwen_embeds": (128, 2560)})
 
 
+def sd3(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
+    """Stable Diffusion 3.5; the shape is that of SD3Transformer2DModel."""
+    from diffusion_trainer.models.sd3 import SD3
+
+    if size.small:
+        shape = {**shape, "num_layers": 2, "num_attention_heads": 2}
+    width = 64 * shape["num_attention_heads"]
+
+    class RandomSD3(SD3):
+        _network: ClassVar = {
+            **shape, "in_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
+            "caption_projection_dim": width, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
+        }  # fmt: skip
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            import torch
+
+            read = random_weights(self.build_denoiser(), device)
+            table = 1, self._network["pos_embed_max_size"] ** 2, width
+            return lambda name: torch.zeros(table, device=device) if name == "pos_embed.pos_embed" else read(name)
+
+        def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
+            return media, text
+
+    media: Shapes = {"latents": (16, size.height // 8, size.width // 8)}
+    text: Shapes = {"clip_l_embeds": (77, 768), "clip_l_pooled": (768,), "clip_g_embeds": (77, 1280),
+                    "clip_g_pooled": (1280,), "t5_embeds": (256, 4096)}  # fmt: skip
+    return Subject("sd3", RandomSD3, media, text)
+
+
+SD35_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size": 384,
+               "dual_attention_layers": tuple(range(13))}  # fmt: skip
+SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192}
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -196,6 +233,8 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux": flux,
     "chroma": chroma,
     "z-image": z_image,
+    "sd3.5-medium": partial(sd3, shape=SD35_MEDIUM),
+    "sd3.5-large": partial(sd3, shape=SD35_LARGE),
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

@@ -38,6 +38,8 @@ def load_autoencoder(
 
 FLUX_SCALING, FLUX_SHIFT = 0.3611, 0.1159
 """Of Flux's latents, which others took over; from the reference code's parameters, as a file does not hold them."""
+SD3_SCALING, SD3_SHIFT = 1.5305, 0.0609
+"""Of Stable Diffusion 3's, likewise."""
 
 
 def encode(
@@ -49,12 +51,12 @@ def encode(
     return {"latents": (latents_NCHW - vae.config.shift_factor) * vae.config.scaling_factor}
 
 
-def miniature() -> Any:
+def miniature(scaling: float = FLUX_SCALING, shift: float = FLUX_SHIFT) -> Any:
     """A small one of Flux's kind."""
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=8,
-        scaling_factor=FLUX_SCALING, shift_factor=FLUX_SHIFT, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=scaling, shift_factor=shift, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
 
 

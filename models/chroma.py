@@ -31,11 +31,12 @@ from ..utils.weights import Weights, build
 from . import flux
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
 from .captions import side_by_side
-from .components import Component, TextEncoder
+from .components import Component, TextEncoder, width_of
 from .files import read_json, write_json
 from .flow import FlowConfig
 from .flux import COMPONENTS as FLUX
 from .flux import Flux, bfl_source, pack, position_ids, read_bfl, to_bfl
+from .t5 import write_t5_tokenizer
 
 if TYPE_CHECKING:
     import diffusers
@@ -111,7 +112,7 @@ class Chroma(Flux):
             parts,
             {
                 "vae": (channels, shape("proj_out.weight")[0] // 4),
-                "t5": (flux.width_of(parts["t5"]), shape("context_embedder.weight")[1]),
+                "t5": (width_of(parts["t5"]), shape("context_embedder.weight")[1]),
             },
         )
 
@@ -225,7 +226,7 @@ class Chroma(Flux):
 
     @classmethod
     def write_miniature(cls, folder: Path) -> dict[str, Any]:  # type: ignore[override]
-        vocabulary = flux.write_t5_tokenizer(folder / "tokenizer")
+        vocabulary = write_t5_tokenizer(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             parts = flux.miniature_parts(True, 3, vocabulary)

@@ -47,6 +47,14 @@ def clip_config(weights: Weights) -> dict[str, Any]:
     }
 
 
+def projected_config(weights: Weights, activation: str) -> dict[str, Any]:
+    """Arguments of CLIPTextConfig, with a projection, for such a file; without one its pooled text stays as it is."""
+    config = clip_config(weights)
+    has_projection = "text_projection.weight" in weights
+    width = weights.shape("text_projection.weight")[0] if has_projection else config["hidden_size"]
+    return {**config, "hidden_act": activation, "projection_dim": width}
+
+
 def clip_name(name: str, weights: Weights) -> str:
     """Files have ``text_model.`` before every name, CLIPTextModel only in some versions of transformers."""
     name = name.removeprefix("text_model.")

@@ -35,6 +35,17 @@ class Component:
 FLUX_VAE = Component(
     "the Flux VAE, such as ae.safetensors", "vae_path", "vae", "AutoencoderKL",
     ("encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"), ("vae.", "first_stage_model."))  # fmt: skip
+CLIP_L = Component(
+    "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
+    ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",), (),
+    "clip_tokenizer_path", "tokenizer", "comfy/sd1_tokenizer")  # fmt: skip
+T5_XXL = Component(
+    "T5-XXL, such as t5xxl_fp16.safetensors", "t5_path", "text_encoder_2", "T5EncoderModel",
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+    ("text_encoders.t5xxl.transformer.",),
+    # UMT5, which Wan has, repeats its position bias in every block
+    ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
+    "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer")  # fmt: skip
 
 
 @dataclass
@@ -43,6 +54,12 @@ class TextEncoder:
 
     tokenizer: Any
     model: Any
+
+
+def width_of(weights: Weights) -> int:
+    """Features of a text encoder."""
+    endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
+    return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
 
 
 class FromComponents:

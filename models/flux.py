@@ -27,9 +27,11 @@ from ..utils.weights import Weights, build, fill
 from . import autoencoder
 from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
-from .components import FLUX_VAE, Component, FromComponents, TextEncoder
+from .components import CLIP_L, FLUX_VAE, T5_XXL, Component, FromComponents, TextEncoder, width_of
 from .files import fingerprint, read_json, write_json
 from .flow import FlowConfig, FlowFamily
+from .fused import ROWS, Source, swap_halves, to_fused
+from .t5 import load_t5, write_t5_tokenizer
 
 if TYPE_CHECKING:
     import diffusers
@@ -97,17 +99,8 @@ COMPONENTS = {
         "FluxTransformer2DModel", ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
         ("model.diffusion_model.", "diffusion_model.")),
     "vae": FLUX_VAE,
-    "clip": Component(
-        "CLIP-L, such as clip_l.safetensors", "clip_path", "text_encoder", "CLIPTextModel",
-        ("text_model.embeddings.token_embedding.weight",), ("text_encoders.clip_l.transformer.",), (),
-        "clip_tokenizer_path", "tokenizer", "comfy/sd1_tokenizer"),
-    "t5": Component(
-        "T5-XXL, such as t5xxl_fp16.safetensors", "t5_path", "text_encoder_2", "T5EncoderModel",
-        ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
-        ("text_encoders.t5xxl.transformer.",),
-        # UMT5, which Wan has, repeats its position bias in every block
-        ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
-        "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer"),
+    "clip": CLIP_L,
+    "t5": T5_XXL,
 }  # fmt: skip
 
 
@@ -182,23 +175,13 @@ class Flux(FromComponents, FlowFamily):
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
         weights, folder = self._weights(name), self._tokenizer_folder(name)
-        is_folder = weights.path.is_dir()
-        config: Any
-        if name == "clip":
-            config = transformers.CLIPTextConfig(**(_json_config(weights) if is_folder else clip_config(weights)))
-            model = build(lambda: transformers.CLIPTextModel(config))
-            fill(model, lambda tensor: weights.read(clip_name(tensor, weights)), self.dtype, device)
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
-        else:
-            config = transformers.T5Config(**(_json_config(weights) if is_folder else t5_config(weights)))
-            model = build(lambda: transformers.T5EncoderModel(config))
-            model.tie_weights()
-            # transformers keeps these in float32 beside float16, where their output overflows
-            float32 = ("DenseReluDense.wo",) if self.config.dtype == "float16" else ()
-            storage = self.text_storage(float32)
-            fill(model, lambda tensor: weights.read(_t5_name(tensor, weights)), self.dtype, device, float32, storage)
+        if name == "t5":
             tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)  # type: ignore[attr-defined]
-        return TextEncoder(tokenizer, model.eval())
+            return TextEncoder(tokenizer, load_t5(self, weights, device))
+        settings = _json_config(weights) if weights.path.is_dir() else clip_config(weights)
+        model = build(lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**settings)))
+        fill(model, lambda tensor: weights.read(clip_name(tensor, weights)), self.dtype, device)
+        return TextEncoder(transformers.CLIPTokenizer.from_pretrained(folder), model.eval())
 
     def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         length = CLIP_LENGTH if name == "clip" else self.config.max_sequence_length
@@ -448,8 +431,6 @@ SINGLE_MODULES = {
     "attn.norm_k": "norm.key_norm",
     "proj_out": "linear2",
 }
-ROWS = ("q", "k", "v", "mlp")
-"""Order of the parts in a fused projection. The first three have the model's width of rows."""
 
 
 def bfl_source(name: str) -> tuple[str, str]:
@@ -468,9 +449,6 @@ def bfl_source(name: str) -> tuple[str, str]:
     return f"{target}.{'scale' if target.endswith(('query_norm', 'key_norm')) else leaf}", part
 
 
-Source = Callable[[str], tuple[str, str]]
-
-
 def read_bfl(weights: Weights, name: str, source_of: Source = bfl_source) -> torch.Tensor:
     """A parameter of diffusers' transformer from a file in BFL's layout."""
     source, part = source_of(name)
@@ -483,19 +461,7 @@ def read_bfl(weights: Weights, name: str, source_of: Source = bfl_source) -> tor
 
 def to_bfl(tensors: Mapping[str, torch.Tensor], source_of: Source = bfl_source) -> dict[str, torch.Tensor]:
     """The tensors of diffusers' transformer in BFL's layout; the inverse of `read_bfl`."""
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        source, part = source_of(name)
-        parts.setdefault(source, {})[part] = swap_halves(tensor) if part == "swapped" else tensor
-    return {
-        name: torch.cat([found[part] for part in ROWS if part in found]) if "q" in found else next(iter(found.values()))
-        for name, found in parts.items()
-    }
-
-
-def swap_halves(value: torch.Tensor) -> torch.Tensor:
-    """The second half of the rows before the first."""
-    return torch.cat(value.chunk(2)[::-1])
+    return to_fused(tensors, source_of)
 
 
 def transformer_config(weights: Weights) -> dict[str, Any]:
@@ -527,36 +493,6 @@ def block_config(weights: Weights) -> dict[str, Any]:
 # -- the other single files -------------------------------------------------------------------------------
 
 
-def t5_config(weights: Weights) -> dict[str, Any]:
-    """Arguments of T5Config for a single file of a version 1.1 encoder."""
-    block = "encoder.block.0.layer"
-    buckets, heads = weights.shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")
-    inner, width = weights.shape(f"{block}.0.SelfAttention.q.weight")
-    return {
-        "vocab_size": weights.shape(_t5_name("shared.weight", weights))[0],
-        "d_model": width,
-        "d_kv": inner // heads,
-        "d_ff": weights.shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": weights.count("encoder.block."),
-        "num_heads": heads,
-        "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
-    }
-
-
-def _t5_name(name: str, weights: Weights) -> str:
-    """The token embedding is one tensor with two names; a file has either or both."""
-    if name in ("shared.weight", "encoder.embed_tokens.weight") and name not in weights:
-        return "shared.weight" if "shared.weight" in weights else "encoder.embed_tokens.weight"
-    return name
-
-
-def width_of(weights: Weights) -> int:
-    """Features of a text encoder."""
-    endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
-    return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
-
-
 def _json_config(weights: Weights) -> dict[str, Any]:
     return read_json(weights.path / "config.json")
 
@@ -584,15 +520,3 @@ def miniature_parts(guidance: bool, clip_vocabulary: int, t5_vocabulary: int) ->
         **{name: model.to(torch.bfloat16) for name, model in models.items()},
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**schedule),
     }
-
-
-def write_t5_tokenizer(folder: Path) -> int:
-    """A unigram model of printable ASCII and a few words; returns the size of its vocabulary."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in ("a", "cat", "dog", "photo", "of", "red")]
-    pieces += [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = transformers.T5TokenizerFast(  # type: ignore[attr-defined]
-        vocab=pieces, extra_ids=0, model_max_length=512
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)

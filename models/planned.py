@@ -110,13 +110,6 @@ class HiDreamConfig(FlowConfig):
     max_llama3_sequence_length: int = option(128, "Llama tokens per caption.", ge=32, le=2048, step=1)
 
 
-class SD3Config(FlowConfig):
-    """Stable Diffusion 3 and 3.5."""
-
-    type: Literal["sd3"] = "sd3"
-    diffusers_path: str = _folder(required=True)
-
-
 class CosmosPredict2Config(FlowConfig):
     """Cosmos-Predict2, text to image."""
 

@@ -67,6 +67,13 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "vae": "/data/ComfyUI/models/vae/ae.safetensors",
                 "text_encoders": [{"path": "/data/ComfyUI/models/text_encoders/qwen_3_4b.safetensors",
                                    "type": "lumina2"}], "dtype": "bfloat16", "shift": 3.0})),
+    "sd3_lora.toml": (
+        "A LoRA for Stable Diffusion 3.5 medium from its single file and ComfyUI's text encoders",
+        _train({"type": "sd3", "checkpoint_path": "/data/ComfyUI/models/checkpoints/sd3.5_medium.safetensors",
+                "clip_l_path": "/data/ComfyUI/models/text_encoders/clip_l.safetensors",
+                "clip_g_path": "/data/ComfyUI/models/text_encoders/clip_g.safetensors",
+                "t5_path": "/data/ComfyUI/models/text_encoders/t5xxl_fp16.safetensors", "dtype": "bfloat16",
+                "shift": 3.0})),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

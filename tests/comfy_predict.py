@@ -8,8 +8,9 @@ there: what is predicted, under ``plain`` and the names of the adapters. task.js
 - for a file with the denoiser alone ``widths``, which versions are told that take the published model's for granted;
   inputs are the network's arguments;
 - for a checkpoint ``caption``, and ``text_encoders`` with what is not published size in them; inputs are ``x_t`` (of a
-  variance-preserving process), ``t`` (of 1000) and ``latents``. Answers are what the model takes x_t for without its
-  noise, the text (``.text``, ``.pooled``) and what the VAE makes of the latents (``vae``).
+  variance-preserving process), ``t`` (of 1000) and ``latents``, or ``sigma`` for ``t`` and x_t of rectified flow.
+  Answers are what the model takes x_t for without its noise, the text (``.text``, ``.pooled``) and what the VAE makes
+  of the latents (``vae``).
 """
 
 # mypy: ignore-errors
@@ -97,8 +98,11 @@ def of_caption(model: Any, clip: Any, task: dict[str, Any], inputs: dict[str, An
     comfy.model_management.load_models_gpu([model], force_full_load=True)
     height, width = (8 * side for side in inputs["x_t"].shape[-2:])
     conditions = model.model.encode_adm(pooled_output=pooled, height=height, width=width)
-    sigma = model.model.model_sampling.sigmas[inputs["t"]]
-    x = inputs["x_t"] * (sigma**2 + 1) ** 0.5
+    if "sigma" in inputs:
+        sigma, x = inputs["sigma"], inputs["x_t"]
+    else:
+        sigma = model.model.model_sampling.sigmas[inputs["t"]]
+        x = inputs["x_t"] * (sigma**2 + 1) ** 0.5
     clean = model.model.apply_model(x, sigma, c_crossattn=text, y=conditions)
     return {"": clean, ".text": text, ".pooled": pooled}
 

@@ -21,13 +21,16 @@ from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
 from diffusion_trainer.models.z_image import ZImage, patches
@@ -36,7 +39,7 @@ from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import validate
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -53,6 +56,10 @@ ADAPTERS = {
     "lokr": Lokr(rank=4, alpha=6.0, target_modules=["."]),
 }
 """On all that may have one."""
+SHORT_CAPTION = "a photo of a red cat and a dog "
+CAPTION = SHORT_CAPTION * 12
+"""Of two pieces, in words of one token."""
+TEXT_LAYERS = 3
 COMPLAINTS = r"not loaded|missing|unexpected|left ?over|mismatch|no match|error"
 """What ComfyUI logs of tensors that it does not know or lacks."""
 
@@ -105,8 +112,10 @@ def answers(folder: Path, inputs: dict[str, torch.Tensor], **task: Any) -> dict[
     return load_file(folder / "answers.safetensors")
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Alike within rounding, and each adapter makes a difference."""
+def assert_same(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], untouched: tuple[str, ...] = ()
+) -> None:
+    """Alike within rounding, and each adapter makes a difference, but to what ends in one of ``untouched``."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         size = value.pow(2).mean().sqrt().item()
@@ -114,7 +123,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
             found[name], value, atol=1e-4 * size, rtol=1e-3, msg=lambda text, n=name: f"{n}: {text}"
         )
         kind, dot, part = name.partition(".")
-        if kind in ADAPTERS:
+        if kind in ADAPTERS and not name.endswith(untouched):
             bare = expected[f"plain{dot}{part}"]
             assert (value - bare).norm() > 0.1 * bare.norm(), name
 
@@ -213,11 +222,108 @@ def test_z_image(tmp_path):
     assert_same({name: patches(value) for name, value in found.items()}, expected)
 
 
-# -- SDXL -------------------------------------------------------------------------------------------------
+# -- Stable Diffusion 3 -----------------------------------------------------------------------------------
 
-CAPTION = "a photo of a red cat and a dog " * 12
-"""Of two pieces, in words of one token."""
-TEXT_LAYERS = 3
+SD3S: dict[str, dict[str, Any]] = {
+    "sd3": {},
+    "sd35_medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+    "sd35_large": {"qk_norm": "rms_norm"},
+}
+"""As many blocks as heads, of 64 features, as ComfyUI takes for granted."""
+
+
+@pytest.mark.parametrize("variant", SD3S)
+def test_sd3(variant, tmp_path):
+    torch.manual_seed(0)
+    denoiser = SD3Transformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=64, caption_projection_dim=128,
+        pooled_projection_dim=32, pos_embed_max_size=24, **SD3S[variant])  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm_" in name and parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    denoiser.save_pretrained(tmp_path / "model/transformer")
+    family = SD3(validate(SD3.Config, {"type": "sd3", "dtype": "float32", "diffusers_path": str(tmp_path / "model")}))
+    parameters = dict(denoiser.named_parameters())
+    exported = {**family.other_tensors(parameters), **family.comfyui_tensors(parameters)}
+    save_file({name: value.detach().contiguous() for name, value in exported.items()}, tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([612.5]), "context": torch.randn(1, 20, 64)}
+    inputs["y"] = torch.randn(1, 32)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    assert_same(answers(tmp_path, inputs, widths={}), expected)
+
+
+def write_sd3(file: Path) -> None:
+    """A checkpoint as Stability AI's that hold all, whose parts have the widths that ComfyUI takes for granted."""
+    torch.manual_seed(0)
+    text = {"num_hidden_layers": TEXT_LAYERS, "vocab_size": 49408, "bos_token_id": 0, "eos_token_id": 2,
+            "pad_token_id": 1}  # fmt: skip
+    first = CLIPTextConfig(
+        **text, hidden_size=768, intermediate_size=3072, num_attention_heads=12, hidden_act="quick_gelu",
+        projection_dim=768)  # fmt: skip
+    second = CLIPTextConfig(
+        **text, hidden_size=1280, intermediate_size=5120, num_attention_heads=20, hidden_act="gelu",
+        projection_dim=1280)  # fmt: skip
+    transformer = SD3Transformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=64, joint_attention_dim=4096, qk_norm="rms_norm",
+        caption_projection_dim=128, pooled_projection_dim=2048, pos_embed_max_size=24,
+        dual_attention_layers=(0,))  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, use_quant_conv=False,
+        use_post_quant_conv=False)  # fmt: skip
+    parts = {
+        "model.diffusion_model.": to_original(transformer.state_dict(), 2),
+        "first_stage_model.": autoencoder.to_original(vae.state_dict()),
+        "text_encoders.clip_l.transformer.": CLIPTextModelWithProjection(first).state_dict(),
+        "text_encoders.clip_g.transformer.": CLIPTextModelWithProjection(second).state_dict(),
+        "text_encoders.t5xxl.transformer.": T5EncoderModel(T5Config(vocab_size=32128, **T5_SHAPE)).state_dict(),
+    }
+    tensors = {prefix + name: value.bfloat16().contiguous() for prefix, part in parts.items()
+               for name, value in part.items() if name != "encoder.embed_tokens.weight"}  # fmt: skip
+    save_file(tensors, file)
+
+
+T5_SHAPE: dict[str, Any] = {"d_model": 4096, "d_ff": 128, "d_kv": 64, "num_heads": 2, "num_layers": 2,
+                            "feed_forward_proj": "gated-gelu"}  # fmt: skip
+
+
+def test_sd3_checkpoint(tmp_path):
+    """Stability AI's layout as it is: all text encoders, the VAE, and one step of the sampler."""
+    write_sd3(tmp_path / "model.safetensors")
+    comfy = Path(os.environ["COMFYUI_DIR"], "comfy")
+    family = SD3(validate(SD3.Config, {
+        "type": "sd3", "dtype": "float32", "checkpoint_path": str(tmp_path / "model.safetensors"),
+        "clip_tokenizer_path": str(comfy / "sd1_tokenizer"), "max_sequence_length": 77,
+        "t5_tokenizer_path": str(comfy / "text_encoders/t5_tokenizer")}))  # fmt: skip
+    family.check_files()
+    text: dict[str, Any] = {}
+    for name in family.text_encoders:
+        text |= family.encode_text(name, family.load_text_encoder(name, CPU), [SHORT_CAPTION])
+    text = {name: value[0] for name, value in text.items()}
+    torch.manual_seed(1)
+    latents, noise = torch.randn(2, 1, 16, 8, 12)
+    batch = family.collate([Example({"latents": latents[0]}, text, noise[0], quantile=0.6)])
+    denoiser: Any = family.load_denoiser(CPU)
+    sigma, (text_LD, pooled_D) = batch.inputs[1] / 1000, joined_text(text)
+
+    def predicted() -> dict[str, torch.Tensor]:
+        clean = batch.inputs[0] - sigma * run(family, denoiser, batch.inputs)
+        return {"": clean, ".text": text_LD[None], ".pooled": pooled_D[None]}
+
+    found = with_adapters(family, denoiser, tmp_path, predicted)
+    expected = {name + part: value for name, parts in found.items() for part, value in parts.items()}
+    with torch.no_grad():
+        expected["vae"] = family.load_vae(CPU).decode(latents).sample
+    layers = {"num_hidden_layers": TEXT_LAYERS}
+    told = {"clip_l_model_config": layers, "clip_g_model_config": layers, "t5xxl_model_config": T5_SHAPE}
+    inputs = {"x_t": batch.inputs[0], "sigma": sigma, "latents": latents}
+    found = answers(tmp_path, inputs, caption=SHORT_CAPTION, text_encoders=told)
+    (tmp_path / "model.safetensors").unlink()  # most of a gigabyte
+    assert_same(found, expected, untouched=(".text", ".pooled"))
+
+
+# -- SDXL -------------------------------------------------------------------------------------------------
 
 
 def write_sdxl(folder: Path) -> None:

@@ -55,6 +55,10 @@ def chroma_forward(denoiser, x_t, t, text, mask):
     )[0]
 
 
+def sd3_forward(denoiser, x_t, told, text, pooled):
+    return denoiser(x_t, text, pooled, told, return_dict=False)[0]
+
+
 def sdxl_forward(denoiser, x_t, t, sizes, seen, *texts):
     *tokens, second = texts if len(texts) == 2 else texts[:2]
     states = []
@@ -90,7 +94,7 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sdxl": sdxl_forward, "wan": wan_forward,
+FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
            "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
@@ -131,12 +135,15 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted,
-            "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
+            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
-VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "flf2v")]}
+VARIANTS: dict[str, list[dict]] = {
+    "sd3": [{"variant": name} for name in ("sd3", "sd35_medium")],
+    "wan": [{"variant": name} for name in ("t2v", "flf2v")],
+}
 """For families whose variants differ in shape, the arguments of `write_miniature` for each."""
 MINIATURES = [(name, variant) for name in families() for variant in VARIANTS.get(name, [{}])]
 

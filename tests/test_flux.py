@@ -19,7 +19,8 @@ from diffusers.loaders.single_file_utils import (
 from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example
 from diffusion_trainer.models.clip import clip_config
-from diffusion_trainer.models.flux import Flux, read_bfl, t5_config, to_bfl, transformer_config
+from diffusion_trainer.models.flux import Flux, read_bfl, to_bfl, transformer_config
+from diffusion_trainer.models.t5 import t5_config
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.weights import Weights
 from safetensors.torch import load_file, save_file
