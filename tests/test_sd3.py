@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,20 @@ def test_text_equals_encode_prompt(folder, dtype):
         assert torch.equal(pooled_D, pool)
         assert joined_LD.dtype == dtype
         assert joined_LD.shape == (77 + 32, 32)
+
+
+def test_the_projection_of_a_folders_clip_l_is_used(folder, tmp_path):
+    """Published folders have one that changes nothing, as the miniature has; others may not."""
+    shutil.copytree(folder, tmp_path / "other")
+    (file,) = (tmp_path / "other/text_encoder").glob("*.safetensors")
+    save_file({**load_file(file), "text_projection.weight": torch.randn(8, 8)}, file, {"format": "pt"})
+    with torch.no_grad():
+        _, _, pooled, _ = library_pipeline(tmp_path / "other").encode_prompt(
+            CAPTIONS, None, None, do_classifier_free_guidance=False, max_sequence_length=32
+        )
+    found = torch.stack([joined_text(text)[1] for text in encoded(sd3(tmp_path / "other"), CAPTIONS)])
+    assert torch.equal(found, pooled)
+    assert not torch.equal(found[0], joined_text(encoded(sd3(folder), CAPTIONS)[0])[1])
 
 
 def test_a_tokenizer_that_fills_up_with_the_end_serves_both_clips(folder):
