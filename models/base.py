@@ -222,6 +222,8 @@ class Family(ABC):
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
+    says_alpha: ClassVar[bool] = True
+    """The file of a LoRA says alpha; not so where diffusers takes matrices alone, which then carry it."""
     float32: ClassVar[tuple[str, ...]] = ()
     """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()

@@ -173,9 +173,21 @@ def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.d
     spelled = {"lora_down.weight": f"{down}.weight", "lora_up.weight": f"{up}.weight"}
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in sorted(layers.items()):
-        for part, value in layer.tensors().items():
+        for part, value in _tensors(layer, family).items():
             kept = part in ("alpha", "dora_scale")
             value = family.comfyui_rows(name, value) if part == "dora_scale" else value
             key = f"{family.lora_keys(name)}.{spelled.get(part, part)}"
             tensors[key] = value.detach().to("cpu", torch.float32 if kept else dtype).contiguous().clone()
     return tensors
+
+
+def _tensors(layer: Adapted, family: Family) -> dict[str, torch.Tensor]:
+    """As `Adapted.tensors`; a LoRA's up is multiplied by alpha / rank where the family's files do not say alpha."""
+    tensors = layer.tensors()
+    if family.says_alpha or not isinstance(layer.adapter, Lora):
+        return tensors
+    return {
+        part: value * layer.adapter.scale if part == "lora_up.weight" else value
+        for part, value in tensors.items()
+        if part != "alpha"
+    }
