@@ -119,6 +119,29 @@ def z_image(size: Size, device: torch.device) -> Subject:
     return Subject("z_image", RandomZImage, media, {"qwen_embeds": (128, 2560)})
 
 
+def lumina2(size: Size, device: torch.device) -> Subject:
+    """Lumina Image 2 with captions of 128 tokens."""
+    from diffusers import Lumina2Transformer2DModel
+    from diffusion_trainer.models.lumina2 import Lumina2
+    from diffusion_trainer.models.lumina2_attention import fuse_attention
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"hidden_size": 192, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
+
+    class RandomLumina2(Lumina2):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            options = shape if size.small else {}
+            return fuse_attention(build(lambda: Lumina2Transformer2DModel(cap_feat_dim=2304, **options)))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("lumina_2", RandomLumina2, media, {"gemma_embeds": (128, 2304)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -196,6 +219,7 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux": flux,
     "chroma": chroma,
     "z-image": z_image,
+    "lumina2": lumina2,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

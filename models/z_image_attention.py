@@ -55,7 +55,7 @@ class RealAttention:
 
 
 def normed_turned(x_NTHD: Tensor, norm: Any, turns: Tensor) -> Tensor:
-    """``x_NTHD`` through ``norm``, its pairs of features turned: ``turns`` is NTP2 or, the same for all samples, TP2."""
+    """``x_NTHD`` normalised, and pairs of its features turned: ``turns`` is NTP2 or, the same for all samples, TP2."""
     if turns.ndim == 3:
         cos_TD, sin_TD = (turns[..., part].repeat_interleave(2, dim=-1) for part in (0, 1))
         if is_fused(x_NTHD, x_NTHD.shape[-1], [norm.weight], cos_TD, sin_TD):
