@@ -262,9 +262,10 @@ class Lumina2(FromComponents, FlowFamily):
     def collate(self, examples: Sequence[Example]) -> Batch:
         x_t_NCHW, t_N, velocity_NCHW = self.noised(examples)
         texts = [example.text["gemma_embeds"].to(self.dtype) for example in examples]
-        text_NLD, seen_NL = _padded(texts, max(map(len, texts)))
-        if seen_NL.all():  # one column will do: without a mask attention may take faster kernels
-            seen_NL = seen_NL[:, :1].contiguous()
+        lengths = [len(text_LD) for text_LD in texts]
+        text_NLD, seen_NL = _padded(texts, max(lengths))
+        # One column where all is seen: without a mask attention may take faster kernels
+        seen_NL = seen_NL[:, : None if min(lengths) < max(lengths) else 1].contiguous()
         target_NTK = -patches(velocity_NCHW)
         return Batch(
             inputs=(x_t_NCHW.to(self.dtype), 1 - t_N * 1000 / 1000, text_NLD, seen_NL),

@@ -1,5 +1,6 @@
 """Lumina Image 2's own parts: captions of their own lengths, grouped queries, the one layer of qkv, its files."""
 
+import json
 import math
 import re
 from pathlib import Path
@@ -159,9 +160,9 @@ def test_a_caption_moves_the_picture(folder):
     assert (shuffled - first).norm() > 1e-3 * first.norm()
 
 
-@pytest.mark.parametrize("storage", [None, "float8"])
+@pytest.mark.parametrize("storage", [None, "float8", "int8", "nf4"])
 def test_gradients_equal_the_librarys(folder, storage):
-    """Those of a ragged batch, which goes through the reordering; with weights in float8 they are only near."""
+    """Those of a ragged batch, which goes through the reordering; with quantised weights they are only near."""
     family, library = lumina2(diffusers_path=folder, transformer_dtype=storage), library_pipeline(folder).transformer
     batch = batch_of(family, encoded(family, SHORT, LONG))
     denoiser, values = family.load_denoiser(CPU), batch.inputs
@@ -172,7 +173,7 @@ def test_gradients_equal_the_librarys(folder, storage):
     prediction = patches(library(x_t, told, text, seen.bool(), return_dict=False)[0])
     nn.functional.mse_loss(prediction, batch.target).backward()
     ours, theirs = denoiser.get_parameter("x_embedder.weight").grad, library.x_embedder.weight.grad
-    limits = {"atol": 1e-7, "rtol": 1e-4} if storage is None else {"atol": 0.2 * theirs.std().item(), "rtol": 0.2}
+    limits = {"atol": 1e-7, "rtol": 1e-4} if storage is None else {"atol": theirs.std().item(), "rtol": 0.2}
     torch.testing.assert_close(ours, theirs, **limits)
     if storage is None:
         block, other = denoiser.layers[0].attn, library.layers[0].attn
@@ -206,6 +207,15 @@ def test_captions_may_be_longer_than_the_librarys_table(folder):
     denoiser = family.load_denoiser(CPU)
     values = batch_of(family, [text]).inputs
     assert torch.equal(predict(family, denoiser, values), of_library(denoiser, values))
+
+
+def test_a_mask_weighs_the_patches_where_it_lies(folder):
+    family = lumina2(diffusers_path=folder)
+    target = batch_of(family, encoded(family, SHORT)).target
+    mask_NFHW = torch.rand(1, 1, 8, 12, generator=torch.Generator().manual_seed(1))
+    weights = family.spread_mask(mask_NFHW, target)
+    assert torch.equal(weights, patches(mask_NFHW.expand(1, 16, 8, 12)))
+    assert torch.equal(weights[0, 7].view(2, 2, 16)[..., 3], mask_NFHW[0, 0, 2:4, 2:4])  # the second in the second row
 
 
 @pytest.mark.parametrize(("options", "shift"), [({}, 1.0), ({"lumina_shift": True}, math.exp(1.15)),
@@ -325,6 +335,11 @@ def test_lora_moves_the_pipeline_as_in_training(folder, wide_file, alpha, tmp_pa
     ours, theirs = predict(family, denoiser, inputs), of_library(pipeline.transformer, inputs)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     assert (ours - bare).norm() > 0.05 * bare.norm()
+    assert not any(name.endswith("alpha") for name in exported)
+    named = validate(Lora, {"type": "lora", "rank": 4, "target_modules": ["attention.qkv"]})  # as older files do
+    assert {name.split(".", 2)[2] for name in adapted_layers(inject(family.load_denoiser(CPU), family, named, 0))} == {
+        "attn.to_qkv"
+    }
     again = validate(Lora, {"type": "lora", "rank": 4, "init_from_existing": str(tmp_path / "lora.safetensors")})
     reloaded = inject(family.load_denoiser(CPU), family, again, 1)
     torch.testing.assert_close(predict(family, reloaded, inputs), ours, atol=1e-5, rtol=1e-4)
@@ -356,6 +371,12 @@ def test_what_the_cache_keys_depend_on(folder, files):
     assert whole.identity("gemma") != lumina2(diffusers_path=folder, text_encoder_dtype="float8").identity("gemma")
     assert whole.identity("vae") == lumina2(diffusers_path=folder, max_sequence_length=32).identity("vae")
     assert "in the file" in lumina2(llm_path=files["gemma"]).identity("gemma")
+
+
+def test_the_file_beside_a_lora_says_no_other_alpha(tmp_path):
+    result = Bench(tmp_path, "lumina_2").train(epochs=1, adapter={"alpha": 12.0})
+    config = json.loads((Path(result.status.exports[-1]) / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] != 12.0
 
 
 def test_all_weights_and_samples(tmp_path):
