@@ -209,6 +209,13 @@ def test_captions_may_be_longer_than_the_librarys_table(folder):
     assert torch.equal(predict(family, denoiser, values), of_library(denoiser, values))
 
 
+def test_low_noise_may_count_more(folder):
+    """By the level of noise, not by what the network is told."""
+    family = lumina2(diffusers_path=folder, loss_weighting="sigma_sqrt")
+    t = family.timestep(0.2, (8, 12))
+    assert batch_of(family, encoded(family, SHORT)).weight.unique().item() == pytest.approx(t**-2, rel=1e-4)
+
+
 def test_a_mask_weighs_the_patches_where_it_lies(folder):
     family = lumina2(diffusers_path=folder)
     target = batch_of(family, encoded(family, SHORT)).target
