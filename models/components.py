@@ -45,6 +45,12 @@ class TextEncoder:
     model: Any
 
 
+def width_of(weights: Weights) -> int:
+    """Features of a text encoder."""
+    endings = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
+    return weights.shape(next((name for name in weights if name.endswith(endings)), endings[0]))[1]
+
+
 class FromComponents:
     """Finds parts, and says what is wrong with what is given.
 
@@ -140,3 +146,9 @@ class FromComponents:
             f"'{part.tokenizer_folder}' of {self.published}, or model.diffusers_path, or ComfyUI's "
             f"'{part.tokenizer_in_comfyui}'"
         )
+
+
+def language_model_name(name: str, weights: Weights) -> str:
+    """What a file calls parameter ``name`` of a language model: files hold it with or without what says the next word,
+    and in the former below ``model.``."""
+    return name if name in weights else f"model.{name}"

@@ -30,9 +30,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
-from . import autoencoder, language_models
+from . import autoencoder
 from .base import Batch, Encodings, Example, Layer, ModelConfig, SampleRequest, Shapes
-from .components import FLUX_VAE, Component, FromComponents, TextEncoder
+from .captions import side_by_side
+from .components import FLUX_VAE, Component, FromComponents, TextEncoder, language_model_name, width_of
 from .files import fingerprint, read_json, require_path, write_json
 from .flow import SHIFT_BY_SIZE, FlowFamily, resolution_shift
 from .next_dit import patches
@@ -144,10 +145,7 @@ class Lumina2(FromComponents, FlowFamily):
             parts,
             {
                 "vae": (parts["vae"].shape("decoder.conv_in.weight")[1], shape("x_embedder.weight")[1] // 4),
-                "gemma": (
-                    language_models.width(parts["gemma"]),
-                    shape("time_caption_embed.caption_embedder.1.weight")[1],
-                ),
+                "gemma": (width_of(parts["gemma"]), shape("time_caption_embed.caption_embedder.1.weight")[1]),
             },
         )
 
@@ -198,7 +196,7 @@ class Lumina2(FromComponents, FlowFamily):
         weights = self._weights(name)
         settings = read_json(weights.path / "config.json") if weights.path.is_dir() else gemma_config(weights)
         model = build(lambda: transformers.Gemma2Model(transformers.Gemma2Config(**settings)))
-        fill(model, lambda tensor: weights.read(language_models.file_name(tensor, weights)), self.dtype, device,
+        fill(model, lambda tensor: weights.read(language_model_name(tensor, weights)), self.dtype, device,
              storage=self.text_storage())  # fmt: skip
         return TextEncoder(self._load_tokenizer(), model.eval())
 
@@ -261,11 +259,7 @@ class Lumina2(FromComponents, FlowFamily):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         x_t_NCHW, t_N, velocity_NCHW = self.noised(examples)
-        texts = [example.text["gemma_embeds"].to(self.dtype) for example in examples]
-        lengths = [len(text_LD) for text_LD in texts]
-        text_NLD, seen_NL = _padded(texts, max(lengths))
-        # One column where all is seen: without a mask attention may take faster kernels
-        seen_NL = seen_NL[:, : None if min(lengths) < max(lengths) else 1].contiguous()
+        text_NLD, seen_NL = side_by_side([example.text["gemma_embeds"].to(self.dtype) for example in examples])
         target_NTK = -patches(velocity_NCHW)
         return Batch(
             inputs=(x_t_NCHW.to(self.dtype), 1 - t_N * 1000 / 1000, text_NLD, seen_NL),
@@ -302,10 +296,12 @@ class Lumina2(FromComponents, FlowFamily):
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         """Padded, as the pipeline does it: it takes prompt and negative prompt in one length alone."""
         arguments: dict[str, Any] = {}
+        places_L = torch.arange(self.config.max_sequence_length)
         for prefix, text in (("", request.text), ("negative_", request.negative_text)):
-            embeds_NLD, seen_NL = _padded([text["gemma_embeds"]], self.config.max_sequence_length)
-            arguments[f"{prefix}prompt_embeds"] = embeds_NLD.to(device)
-            arguments[f"{prefix}prompt_attention_mask"] = seen_NL.to(device, torch.int64)
+            text_LD = text["gemma_embeds"]
+            missing = text_LD.new_zeros(len(places_L) - len(text_LD), text_LD.shape[1])
+            arguments[f"{prefix}prompt_embeds"] = torch.cat([text_LD, missing])[None].to(device)
+            arguments[f"{prefix}prompt_attention_mask"] = (places_L < len(text_LD)).to(device, torch.int64)[None]
         return arguments
 
     @classmethod
@@ -321,16 +317,6 @@ class Lumina2(FromComponents, FlowFamily):
         index["tokenizer"] = ["transformers", "GemmaTokenizer"]
         write_json(folder / "model_index.json", index)
         return {"type": "lumina_2", "diffusers_path": str(folder), "dtype": "float32", "max_sequence_length": 64}
-
-
-def _padded(texts: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions of ``length`` tokens, NLD, and 1 where they have some, NL uint8."""
-    text_NLD = texts[0].new_zeros(len(texts), length, texts[0].shape[1])
-    seen_NL = torch.zeros(text_NLD.shape[:2], dtype=torch.uint8)
-    for row, text_LD in enumerate(texts):
-        text_NLD[row, : len(text_LD)] = text_LD
-        seen_NL[row, : len(text_LD)] = 1
-    return text_NLD, seen_NL
 
 
 # -- links of the chain ---------------------------------------------------------------------------------

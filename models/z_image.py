@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
-from . import autoencoder, language_models
+from . import autoencoder
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
-from .components import FLUX_VAE, Component, FromComponents, TextEncoder
+from .components import FLUX_VAE, Component, FromComponents, TextEncoder, language_model_name, width_of
 from .files import fingerprint, read_json, write_json
 from .flow import FlowFamily
 from .from_comfyui import FromComfyUI
@@ -126,7 +126,7 @@ class ZImage(FromComponents, FlowFamily):
             parts,
             {
                 "vae": (parts["vae"].shape("decoder.conv_in.weight")[1], shape("all_x_embedder.2-1.weight")[1] // 4),
-                "qwen": (language_models.width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
+                "qwen": (width_of(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
             },
         )
 
@@ -155,7 +155,7 @@ class ZImage(FromComponents, FlowFamily):
         weights = self._weights(name)
         settings = read_json(weights.path / "config.json") if weights.path.is_dir() else qwen_config(weights)
         model = build(lambda: transformers.Qwen3Model(transformers.Qwen3Config(**settings)))
-        fill(model, lambda tensor: weights.read(language_models.file_name(tensor, weights)), self.dtype, device,
+        fill(model, lambda tensor: weights.read(language_model_name(tensor, weights)), self.dtype, device,
              storage=self.text_storage())  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(self._tokenizer_folder(name))
         return TextEncoder(tokenizer, model.eval())

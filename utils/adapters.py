@@ -182,13 +182,12 @@ def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.d
 
 
 def _tensors(layer: Adapted, family: Family) -> dict[str, torch.Tensor]:
+    """As `Adapted.tensors`; a LoRA's up is multiplied by alpha / rank where the family's files do not say alpha."""
     tensors = layer.tensors()
-    if not (isinstance(layer.adapter, Lora) and carries_alpha(family, "lora")):
+    if family.says_alpha or not isinstance(layer.adapter, Lora):
         return tensors
-    del tensors["alpha"]
-    return {**tensors, "lora_up.weight": tensors["lora_up.weight"] * layer.adapter.scale}
-
-
-def carries_alpha(family: Family, kind: str) -> bool:
-    """Whether the matrices in a file carry alpha / rank, and the file says no alpha."""
-    return kind == "lora" and not family.says_alpha
+    return {
+        part: value * layer.adapter.scale if part == "lora_up.weight" else value
+        for part, value in tensors.items()
+        if part != "alpha"
+    }

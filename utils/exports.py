@@ -13,7 +13,7 @@ import torch
 from ..models.base import Family
 from .adapted import Adapted
 from .adapter_settings import AdapterTable
-from .adapters import carries_alpha, export_tensors, rank_and_alpha
+from .adapters import export_tensors, rank_and_alpha
 from .checkpoint import export_adapter, export_model
 from .run_folder import RunFolder
 from .settings import TrainSettings
@@ -85,7 +85,7 @@ class Exporter:
             tensors = {key: value for part, _ in parts for key, value in part.items()}
             layers = sorted({name for _, names in parts for name in names})
             config = adapter_config(self.settings.model.type, adapter, layers)
-            if carries_alpha(self.family, adapter.type):
+            if adapter.type == "lora" and not self.family.says_alpha:
                 config["lora_alpha"] = float(adapter.rank)
             metadata = {"format": "pt", "network_alpha": str(config["lora_alpha"]), "rank": str(adapter.rank), **about}
             export_adapter(target, tensors, metadata, config, copies)
