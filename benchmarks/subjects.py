@@ -156,6 +156,29 @@ SD35_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size"
 SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192}
 
 
+def lumina2(size: Size, device: torch.device) -> Subject:
+    """Lumina Image 2 with captions of 128 tokens."""
+    from diffusers import Lumina2Transformer2DModel
+    from diffusion_trainer.models.lumina2 import Lumina2
+    from diffusion_trainer.models.lumina2_attention import fuse_attention
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"hidden_size": 192, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
+
+    class RandomLumina2(Lumina2):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            options = shape if size.small else {}
+            return fuse_attention(build(lambda: Lumina2Transformer2DModel(cap_feat_dim=2304, **options)))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("lumina_2", RandomLumina2, media, {"gemma_embeds": (128, 2304)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -235,6 +258,7 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "z-image": z_image,
     "sd3.5-medium": partial(sd3, shape=SD35_MEDIUM),
     "sd3.5-large": partial(sd3, shape=SD35_LARGE),
+    "lumina2": lumina2,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

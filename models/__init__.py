@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "flow", "flux_attention", "planned", "sd3_attention", "z_image_attention")
-"""Not looked into for families; what is called attention needs torch, which would slow down the start of ComfyUI."""
+_NO_FAMILIES = ("__init__", "base", "flow", "planned")
+"""Not looked into for families, and neither is what ends in _attention: it needs torch, which would slow down the start
+of ComfyUI."""
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 
 
@@ -64,7 +65,8 @@ def family_named(kind: object) -> type[Family]:
 def family_files() -> list[Path]:
     """The files of families: ours, then those in the user's folders."""
     own = Path(__file__).parent
-    found = [path for path in sorted(own.glob("*.py")) if path.stem not in _NO_FAMILIES]
+    names = sorted(path.stem for path in own.glob("*.py"))
+    found = [own / f"{name}.py" for name in names if name not in _NO_FAMILIES and not name.endswith("_attention")]
     return found + [path for folder in _user_folders() for path in sorted(folder.glob("*.py"))]
 
 

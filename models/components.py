@@ -157,3 +157,9 @@ class FromComponents:
             f"'{part.tokenizer_folder}' of {self.published}, or model.diffusers_path, or ComfyUI's "
             f"'{part.tokenizer_in_comfyui}'"
         )
+
+
+def language_model_name(name: str, weights: Weights) -> str:
+    """What a file calls parameter ``name`` of a language model: files hold it with or without what says the next word,
+    and in the former below ``model.``."""
+    return name if name in weights else f"model.{name}"

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from ..utils.config import option
 from .base import ModelConfig, StorageDtype
-from .flow import SHIFT_BY_SIZE, FlowConfig
+from .flow import FlowConfig
 from .from_comfyui import FromComfyUI
 
 
@@ -85,16 +85,6 @@ class CosmosConfig(ModelConfig):
     transformer_path: str = _transformer(required=True)
     vae_path: str = _vae(required=True)
     text_encoder_path: str = _text_encoder(required=True)
-
-
-class Lumina2Config(ModelConfig):
-    """Lumina Image 2."""
-
-    type: Literal["lumina_2"] = "lumina_2"
-    transformer_path: str = _transformer(required=True)
-    llm_path: str = _text_encoder(required=True)
-    vae_path: str = _vae(required=True)
-    lumina_shift: bool = option(False, SHIFT_BY_SIZE)
 
 
 class HiDreamConfig(FlowConfig):

@@ -28,10 +28,11 @@ from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
 from . import autoencoder
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
-from .components import FLUX_VAE, Component, FromComponents, TextEncoder
+from .components import FLUX_VAE, Component, FromComponents, TextEncoder, language_model_name, width_of
 from .files import fingerprint, read_json, write_json
 from .flow import FlowFamily
 from .from_comfyui import FromComfyUI
+from .next_dit import patches
 
 if TYPE_CHECKING:
     import diffusers
@@ -125,7 +126,7 @@ class ZImage(FromComponents, FlowFamily):
             parts,
             {
                 "vae": (parts["vae"].shape("decoder.conv_in.weight")[1], shape("all_x_embedder.2-1.weight")[1] // 4),
-                "qwen": (_qwen_width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
+                "qwen": (width_of(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
             },
         )
 
@@ -154,7 +155,7 @@ class ZImage(FromComponents, FlowFamily):
         weights = self._weights(name)
         settings = read_json(weights.path / "config.json") if weights.path.is_dir() else qwen_config(weights)
         model = build(lambda: transformers.Qwen3Model(transformers.Qwen3Config(**settings)))
-        fill(model, lambda tensor: weights.read(_qwen_name(tensor, weights)), self.dtype, device,
+        fill(model, lambda tensor: weights.read(language_model_name(tensor, weights)), self.dtype, device,
              storage=self.text_storage())  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(self._tokenizer_folder(name))
         return TextEncoder(tokenizer, model.eval())
@@ -273,12 +274,6 @@ class ZImage(FromComponents, FlowFamily):
 # -- links of the chain ---------------------------------------------------------------------------------
 
 Tensors = tuple["torch.Tensor", ...]
-
-
-def patches(latents_NCHW: torch.Tensor) -> torch.Tensor:
-    """2x2 patches as tokens, channels last: NTK."""
-    n, c, h, w = latents_NCHW.shape
-    return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(n, h * w // 4, c * 4)
 
 
 def _embed(
@@ -436,15 +431,6 @@ def qwen_config(weights: Weights) -> dict[str, Any]:
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
     }
-
-
-def _qwen_name(name: str, weights: Weights) -> str:
-    """Files hold the language model with or without what says its next word."""
-    return name if name in weights else f"model.{name}"
-
-
-def _qwen_width(weights: Weights) -> int:
-    return weights.shape(_qwen_name("embed_tokens.weight", weights))[1]
 
 
 # -- miniature --------------------------------------------------------------------------------------------

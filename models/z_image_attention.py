@@ -43,8 +43,8 @@ class RealAttention:
         turns = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
         mask = attention_mask[:, None, None, :].bool() if attention_mask is not None else None
         x_NTHD = dispatch_attention_fn(
-            _normed_turned(q, attn.norm_q, turns),
-            _normed_turned(k, attn.norm_k, turns),
+            normed_turned(q, attn.norm_q, turns),
+            normed_turned(k, attn.norm_k, turns),
             v,
             attn_mask=mask,
             backend=self._attention_backend,
@@ -54,7 +54,8 @@ class RealAttention:
         return output
 
 
-def _normed_turned(x_NTHD: Tensor, norm: Any, turns: Tensor) -> Tensor:
+def normed_turned(x_NTHD: Tensor, norm: Any, turns: Tensor) -> Tensor:
+    """``x_NTHD`` normalised, and pairs of its features turned: ``turns`` is NTP2 or, the same for all samples, TP2."""
     if turns.ndim == 3:
         cos_TD, sin_TD = (turns[..., part].repeat_interleave(2, dim=-1) for part in (0, 1))
         if is_fused(x_NTHD, x_NTHD.shape[-1], [norm.weight], cos_TD, sin_TD):

@@ -18,6 +18,11 @@ SHAPES: dict[str, Any] = {"resolutions": [512], "enable_ar_bucket": True, "min_a
                           "num_ar_buckets": 7}  # fmt: skip
 
 
+LUMINA_SYSTEM_PROMPT = ("You are an assistant designed to generate superior images with the superior degree of "
+                        "image-text alignment based on textual prompts or user prompts. <Prompt Start> ")  # fmt: skip
+"""As diffusers' pipeline and ComfyUI's CLIPTextEncodeLumina2 put it before prompts."""
+
+
 def _train(model: dict[str, Any], adapter: dict[str, Any] | None = LORA, optimizer: dict[str, Any] = ADAMW,
            **changes: Any) -> dict[str, Any]:  # fmt: skip
     top = {key: value for key, value in changes.items() if not isinstance(value, dict) and not _are_tables(value)}
@@ -74,6 +79,13 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "clip_g_path": "/data/ComfyUI/models/text_encoders/clip_g.safetensors",
                 "t5_path": "/data/ComfyUI/models/text_encoders/t5xxl_fp16.safetensors", "dtype": "bfloat16",
                 "shift": 3.0})),
+    "lumina2_lora.toml": (
+        "A LoRA for Lumina Image 2, or a model made from it, from the single files that ComfyUI has",
+        _train({"type": "lumina_2",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/lumina_2_model_bf16.safetensors",
+                "llm_path": "/data/ComfyUI/models/text_encoders/gemma_2_2b_fp16.safetensors",
+                "vae_path": "/data/ComfyUI/models/vae/ae.safetensors", "dtype": "bfloat16", "lumina_shift": True},
+               dataset="/data/dataset_system_prompt.toml")),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",
@@ -109,6 +121,10 @@ DATASET: dict[str, tuple[str, dict[str, Any]]] = {
         {**SHAPES, "caption_prefix": "a photo of ", "directory": [
             {"path": "/data/portraits", "num_repeats": 2},
             {"path": "/data/landscapes", "resolutions": [768, [1280, 720]], "caption_prefix": ""}]}),
+    "dataset_system_prompt.toml": (
+        "For Lumina Image 2, which was trained with a system prompt before each caption",
+        {**SHAPES, "resolutions": [512, 1024], "caption_prefix": LUMINA_SYSTEM_PROMPT,
+         "directory": [{"path": "/data/pictures"}]}),
     "dataset_captions.toml": (
         "Captions made of tags: shuffled, some left out, a trigger word always first",
         {**SHAPES, "trigger_word": "ohwx style", "shuffle_tags": True, "keep_tokens": 1, "tag_dropout": 0.1,

@@ -8,11 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = (
+    "chroma",
+    "lumina2",
+    "sd3.5-medium",
+    "sdxl",
+    "z-image",
+)
 
 
 @pytest.mark.parametrize(
     "family",
-    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image", "sd3.5-medium"))],
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]

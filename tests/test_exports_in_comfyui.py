@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -30,6 +31,8 @@ from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.lumina2 import Lumina2
+from diffusion_trainer.models.lumina2_attention import fuse_attention
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -219,6 +222,33 @@ def test_z_image(tmp_path):
     values = inputs["x"], 1 - inputs["timesteps"], *batch.inputs[2:]
     expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
     found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
+    assert_same({name: patches(value) for name, value in found.items()}, expected)
+
+
+# -- Lumina Image 2 ---------------------------------------------------------------------------------------
+
+LUMINA = {"dim": 384, "n_heads": 4, "n_kv_heads": 2, "axes_dims": [32, 32, 32], "axes_lens": [300, 512, 512]}
+"""What ComfyUI knows by the published width alone."""
+
+
+def test_lumina2(tmp_path):
+    torch.manual_seed(0)
+    denoiser = fuse_attention(Lumina2Transformer2DModel(
+        hidden_size=384, num_layers=2, num_attention_heads=4, num_kv_heads=2, cap_feat_dim=64))  # fmt: skip
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    family = Lumina2(validate(Lumina2.Config, {"type": "lumina_2", "dtype": "float32"}))
+    tensors = family.comfyui_tensors(denoiser.state_dict())
+    network = Path(os.environ["COMFYUI_DIR"], "comfy/ldm/lumina/model.py").read_text("utf-8")
+    if re.search(r"^ +self\.norm_final = .*\(dim", network, re.MULTILINE):  # ComfyUI 0.3.64 asks for it in vain
+        tensors["norm_final.weight"] = torch.ones(384)
+    save_file(tensors, tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
+    values = inputs["x"], 1 - inputs["timesteps"], inputs["context"], torch.ones(1, 1, dtype=torch.uint8)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
+    found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor(20)}, widths=LUMINA)
     assert_same({name: patches(value) for name, value in found.items()}, expected)
 
 

@@ -59,6 +59,13 @@ def sd3_forward(denoiser, x_t, told, text, pooled):
     return denoiser(x_t, text, pooled, told, return_dict=False)[0]
 
 
+def lumina_2_forward(denoiser, x_t, told, text, seen):
+    from diffusion_trainer.models.next_dit import patches
+
+    mask = seen.bool().expand(text.shape[:2])
+    return patches(denoiser(x_t, told, text, mask, return_dict=False)[0])
+
+
 def sdxl_forward(denoiser, x_t, t, sizes, seen, *texts):
     *tokens, second = texts if len(texts) == 2 else texts[:2]
     states = []
@@ -94,8 +101,15 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
-           "z_image": z_image_forward}  # fmt: skip
+FORWARD = {
+    "chroma": chroma_forward,
+    "flux": flux_forward,
+    "lumina_2": lumina_2_forward,
+    "sd3": sd3_forward,
+    "sdxl": sdxl_forward,
+    "wan": wan_forward,
+    "z_image": z_image_forward,
+}
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -104,6 +118,16 @@ def flux_prompted(pipeline, prompt, generator, images):
         prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=32,
         generator=generator,
     ).images  # fmt: skip
+
+
+def lumina_2_prompted(pipeline, prompt, generator, images):
+    arguments = {}
+    for prefix, text in (("", prompt), ("negative_", "")):  # without the system prompt
+        embeds, mask = pipeline._get_gemma_prompt_embeds(text, max_sequence_length=64)
+        arguments |= {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_attention_mask": mask}
+    return pipeline(
+        **arguments, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, generator=generator
+    ).images
 
 
 def sdxl_prompted(pipeline, prompt, generator, images):
@@ -135,8 +159,15 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
-            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {
+    "chroma": flux_prompted,
+    "flux": flux_prompted,
+    "lumina_2": lumina_2_prompted,
+    "sd3": flux_prompted,
+    "sdxl": sdxl_prompted,
+    "wan": wan_prompted,
+    "z_image": z_image_prompted,
+}
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 

@@ -7,7 +7,12 @@ import pytest
 import torch
 from training import Bench, Result
 
-PREFIXES = {"chroma": "transformer.", "sd3": "transformer.", "z_image": "diffusion_model."}
+PREFIXES = {
+    "chroma": "transformer.",
+    "lumina_2": "diffusion_model.",
+    "sd3": "transformer.",
+    "z_image": "diffusion_model.",
+}
 """Of the LoRA's keys."""
 
 
