@@ -90,8 +90,22 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sdxl": sdxl_forward, "wan": wan_forward,
-           "z_image": z_image_forward}  # fmt: skip
+def flux2_forward(denoiser, x_t, t, text, guidance):
+    from diffusers import Flux2Pipeline
+
+    return denoiser(
+        hidden_states=Flux2Pipeline._pack_latents(x_t),
+        encoder_hidden_states=text,
+        timestep=t,
+        guidance=guidance if denoiser.config.guidance_embeds else None,
+        img_ids=Flux2Pipeline._prepare_latent_ids(x_t),
+        txt_ids=Flux2Pipeline._prepare_text_ids(text),
+        return_dict=False,
+    )[0]
+
+
+FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "flux2": flux2_forward, "sdxl": sdxl_forward,
+           "wan": wan_forward, "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -126,17 +140,20 @@ def wan_prompted(pipeline, prompt, generator, images):
 
 def z_image_prompted(pipeline, prompt, generator, images):
     return pipeline(
-        prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=64,
+        prompt=prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=64,
         generator=generator,
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted,
-            "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "flux2": z_image_prompted, "sdxl": sdxl_prompted,
+            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
-VARIANTS: dict[str, list[dict]] = {"wan": [{"variant": name} for name in ("t2v", "flf2v")]}
+VARIANTS: dict[str, list[dict]] = {
+    "flux2": [{"variant": name} for name in ("klein", "dev")],
+    "wan": [{"variant": name} for name in ("t2v", "flf2v")],
+}
 """For families whose variants differ in shape, the arguments of `write_miniature` for each."""
 MINIATURES = [(name, variant) for name in families() for variant in VARIANTS.get(name, [{}])]
 
