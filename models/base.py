@@ -222,6 +222,8 @@ class Family(ABC):
     """Folder of ComfyUI's models in which an exported model belongs."""
     lora_sides: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
     """What ComfyUI and diffusers call the two matrices of this family's LoRA: into the rank and out of it."""
+    lora_alpha: ClassVar[bool] = True
+    """Whether diffusers reads an alpha in this family's LoRA. Where it does not, the file's matrices are scaled."""
     float32: ClassVar[tuple[str, ...]] = ()
     """Denoiser parameters with one of these in their name are kept in float32."""
     high_precision: ClassVar[tuple[str, ...]] = ()

@@ -121,6 +121,7 @@ class Flux2(FromComponents, FlowFamily):
     max_controls = 10
     text_encoders = ("text",)
     shared_inputs = (("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"))
+    lora_alpha = False
     adapter_blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     high_precision = (
         "^time_guidance_embed", "^context_embedder", "^x_embedder", "^norm_out", "^proj_out", "_stream_modulation",

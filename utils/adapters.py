@@ -163,6 +163,16 @@ def _existing(denoiser: nn.Module, family: Family, settings: AdapterTable) -> di
     return found
 
 
+FIRST_FACTORS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
+
+
+def _scaled(layer: Adapted) -> dict[str, torch.Tensor]:
+    """What goes into a file without alpha: a factor of what is added is as large as it makes it."""
+    tensors = {part: value for part, value in layer.tensors().items() if part != "alpha"}
+    scale = layer.adapter.scale
+    return {part: value * scale if part in FIRST_FACTORS else value for part, value in tensors.items()}
+
+
 def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What goes into the adapter's file, under the keys that ComfyUI reads.
 
@@ -173,7 +183,8 @@ def export_tensors(layers: Mapping[str, Adapted], family: Family, dtype: torch.d
     spelled = {"lora_down.weight": f"{down}.weight", "lora_up.weight": f"{up}.weight"}
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in sorted(layers.items()):
-        for part, value in layer.tensors().items():
+        parts = layer.tensors() if family.lora_alpha else _scaled(layer)
+        for part, value in parts.items():
             kept = part in ("alpha", "dora_scale")
             value = family.comfyui_rows(name, value) if part == "dora_scale" else value
             key = f"{family.lora_keys(name)}.{spelled.get(part, part)}"

@@ -85,6 +85,8 @@ class Exporter:
             tensors = {key: value for part, _ in parts for key, value in part.items()}
             layers = sorted({name for _, names in parts for name in names})
             config = adapter_config(self.settings.model.type, adapter, layers)
+            if not self.family.lora_alpha:  # the matrices are scaled
+                config |= {"lora_alpha": float(adapter.rank), "alpha_pattern": config["rank_pattern"]}
             metadata = {"format": "pt", "network_alpha": str(config["lora_alpha"]), "rank": str(adapter.rank), **about}
             export_adapter(target, tensors, metadata, config, copies)
             logger.info("%s written to %s", adapter.title, target)
