@@ -67,7 +67,8 @@ USUAL_STEPS = 50
 
 
 class Flux2Config(FromComfyUI):
-    """FLUX.2 klein base and dev, from single files as ComfyUI has them, from a diffusers folder, or from both."""
+    """FLUX.2 dev and klein (base, not the distilled one), from single files as ComfyUI has them, from a diffusers
+    folder, or from both."""
 
     type: Literal["flux2"] = "flux2"
     diffusers_path: str | None = option(

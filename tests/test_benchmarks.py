@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
-    "family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image"))]
+    "family",
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image", "flux2-klein-4b"))],
 )
 def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]
