@@ -333,6 +333,9 @@ class Flux2(FromComponents, FlowFamily):
             return file.is_file() and bool(read_json(file).get("is_distilled"))
         return False
 
+    def vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        return flux2_vae.unpatched(latents)
+
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         arguments: dict[str, Any] = {"prompt_embeds": request.text["text_embeds"][None].to(device)}
         if not self._is_dev:

@@ -58,6 +58,12 @@ def patched(latents_NCHW: torch.Tensor) -> torch.Tensor:
     return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, c * 4, h // 2, w // 2)
 
 
+def unpatched(latents_NCHW: torch.Tensor) -> torch.Tensor:
+    """The inverse of `patched`."""
+    n, c, h, w = latents_NCHW.shape
+    return latents_NCHW.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, h * 2, w * 2)
+
+
 def vae_config(weights: Weights) -> dict[str, Any]:
     """Arguments of AutoencoderKLFlux2 for a file, from names and shapes."""
     name_of = _names(weights)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
+from diffusers.models.transformers.transformer_flux2 import Flux2SingleTransformerBlock, Flux2TransformerBlock
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from diffusion_trainer.models import flux2_vae
+from diffusion_trainer.models import flux2_attention, flux2_vae, flux_attention
 from diffusion_trainer.models.base import Example, SampleRequest
 from diffusion_trainer.models.flux2 import (
     MISTRAL_TEMPLATE,
@@ -23,15 +24,20 @@ from diffusion_trainer.models.flux2 import (
     source_of,
     tokens_of,
 )
+from diffusion_trainer.models.flux2_attention import use_fast_forms
 from diffusion_trainer.models.mistral import EMBEDDED_TOKENIZER, miniature_tekken, tekken_tokenizer
 from diffusion_trainer.utils.adapted import adapted_layers
 from diffusion_trainer.utils.adapter_settings import Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
+from diffusion_trainer.utils.dataset_settings import parse_dataset_settings
+from diffusion_trainer.utils.planning import plan_lines
+from diffusion_trainer.utils.settings import parse_train_settings
 from diffusion_trainer.utils.weights import Weights
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_kontext import AtOneTime, EditBench
+from test_rotary import needs_compiler
 from training import Bench
 
 CPU = torch.device("cpu")
@@ -243,6 +249,46 @@ def test_a_distilled_folder_is_drawn_without_negative_prompt(tmp_path):
     assert family.pipeline(denoiser, CPU, text_encoders=False).config.is_distilled
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("kind", ["double", "single"])
+@pytest.mark.parametrize("variant", ["klein"], indirect=True)
+def test_blocks_with_the_operator_are_the_librarys(kind, compiled, variant, monkeypatch):
+    """Forward bit for bit, and one graph; gradients but for rounding."""
+    dim, of = 32, {"generator": torch.Generator().manual_seed(1)}
+    torch.manual_seed(0)
+    made = {"double": Flux2TransformerBlock, "single": Flux2SingleTransformerBlock}
+    block = made[kind](dim, 2, 16)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(False).add_(0.2 * torch.randn(parameter.shape, **of) if "norm" in name else 0)
+    parts = [torch.randn(2, number, dim, **of) for number in (24, 40)]
+    mods = [torch.randn(2, 6 * dim, **of) for _ in parts]
+    inputs = [*parts, *mods] if kind == "double" else [torch.cat(parts, 1), mods[0][:, : 3 * dim].contiguous()]
+    angles = torch.randn(64, 8, **of).repeat_interleave(2, dim=1)
+
+    def through(network: Any) -> list[torch.Tensor]:
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        given = leaves if kind == "double" else [leaves[0], None, leaves[1]]
+        results = network(*given, (angles.cos(), angles.sin()))
+        results = results if kind == "double" else (results,)
+        loss = sum((result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum() for result in results)
+        return [*(result.detach() for result in results), *torch.autograd.grad(loss, leaves)]
+
+    plain = through(block)
+    use_fast_forms(block)
+    for ours, theirs in zip(through(block), plain, strict=True):
+        assert torch.equal(ours, theirs)
+    for module in (flux_attention, flux2_attention):
+        monkeypatch.setattr(module, "is_fused", lambda *_: True)
+    torch._dynamo.reset()
+    fused = through(torch.compile(block, fullgraph=True) if compiled else block)
+    for number, (ours, theirs) in enumerate(zip(fused, plain, strict=True)):
+        if compiled or number >= len(plain) - len(inputs):
+            assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+        else:
+            assert torch.equal(ours, theirs)
+    torch._dynamo.reset()
+
+
 def test_masks_are_laid_as_tokens(folder):
     family = flux2(diffusers_path=folder)
     example = family.blank_example(96, 64)
@@ -430,6 +476,20 @@ def test_every_module_has_a_key_of_its_own(folder):
     assert keys["time_guidance_embed.timestep_embedder.linear_1"] == "lora_unet_time_in_in_layer"
     assert keys["transformer_blocks.0.ff.linear_in"] == "transformer.transformer_blocks.0.ff.linear_in"
     assert source_of("norm_out.linear.weight") == ("final_layer.adaLN_modulation.1.weight", "swapped")
+
+
+def test_drawing_is_planned(folder, tmp_path):
+    """The VAE decodes latents that are not patched."""
+    latents = torch.randn(1, 8, 6, 4)
+    assert torch.equal(flux2_vae.unpatched(flux2_vae.patched(latents)), latents)
+    table = {"type": "flux2", "diffusers_path": str(folder)}
+    settings = parse_train_settings(
+        {"output_dir": str(tmp_path), "model": table, "adapter": {"type": "lora"}, "optimizer": {"type": "adamw"},
+         "sample": {"prompts": ["a ball"], "width": 64, "height": 64}}
+    )  # fmt: skip
+    dataset = parse_dataset_settings({"resolutions": [64], "directory": [{"path": str(tmp_path)}]})
+    lines = [line.split(",")[0] for line in plan_lines(settings, dataset, 1, 2 << 30)]
+    assert lines[-3:] == ["fits: training", "fits: drawing samples", "fits: encoding captions with text"]
 
 
 def test_edits_and_pictures_alone_train_together(tmp_path):
