@@ -3,12 +3,11 @@
 A rectified-flow transformer over 2x2 patches of 32-channel latents, which its VAE normalises. Text and image tokens
 pass the double blocks as two streams with joint attention, then the single blocks as one sequence; all blocks of a
 kind share one modulation. Text is three hidden states of a language model side by side (Qwen3 for klein, Mistral
-Small 3 for dev), always of 512 tokens: what fills it up is seen as well. Guidance is an input of dev (distilled); klein
-has none. The network predicts noise - x0. Control pictures come after the image, each at a time of its own in the
-position ids.
+Small 3 for dev), always of 512 tokens: what fills it up is seen as well, so a cached caption takes 8 (klein 4B) to 16
+(dev) million bytes. Guidance is an input of dev (distilled); klein has none. The network predicts noise - x0. Control
+pictures come after the image, each at a time of its own in the position ids.
 
 klein comes as base and distilled to four steps, and nothing in a file tells which it is: base is the one to train.
-Its LoRAs work on the distilled one, too.
 
 Reference: https://github.com/black-forest-labs/flux2, and diffusers' Flux2KleinPipeline and Flux2Pipeline, which the
 layers here equal bit for bit. In ComfyUI dev's text is filled up with zeros instead. Licence of the weights: klein 4B
@@ -40,7 +39,7 @@ from .flow import FlowFamily
 from .flux import DEV_SCHEDULE, read_bfl, swap_halves, to_bfl
 from .from_comfyui import FromComfyUI
 from .mistral import EMBEDDED_TOKENIZER, MISTRAL, load_mistral, miniature_mistral, mistral_name, write_mistral_tokenizer
-from .qwen3 import QWEN3_4B, load_qwen, qwen_name, write_qwen_tokenizer
+from .qwen3 import QWEN3_4B, is_qwen3_tokenizer, load_qwen, qwen_name, write_qwen_tokenizer
 
 if TYPE_CHECKING:
     import diffusers
@@ -164,7 +163,12 @@ class Flux2(FromComponents, FlowFamily):
 
     def check_files(self) -> None:
         parts = {name: self._weights(name) for name in self.components}
-        self._tokenizer()
+        tokenizer = self._tokenizer()
+        if tokenizer and not self._is_dev and not is_qwen3_tokenizer(tokenizer):
+            raise SettingsError(
+                f"model.tokenizer_path: the tokenizer in '{tokenizer}' is not Qwen3's, but an older one, such as "
+                f"ComfyUI 0.3.64 has; give the folder 'tokenizer' of {self.published}"
+            )
         channels = parts["vae"].shape("decoder.conv_in.weight")[1]
         text, last = parts["text"], self._text_layers[-1]
         name_of = mistral_name if self._is_dev else qwen_name
@@ -367,8 +371,8 @@ class Flux2(FromComponents, FlowFamily):
 def resolution_shift(latent_size: tuple[int, int]) -> float:
     """The shift that FLUX.2 uses for a picture of this size: e^mu, mu linear in the number of image tokens.
 
-    1.5 to 2.0 for 256 to 4300 tokens at `USUAL_STEPS` steps, and steeper above. Source: the sampling code of Black
-    Forest Labs' flux2 repository (`compute_empirical_mu`).
+    mu is 1.6 to 2.0 for 256 to 4300 tokens at `USUAL_STEPS` steps; above it begins anew at 1.2, whatever the steps.
+    Source: the sampling code of Black Forest Labs' flux2 repository (`compute_empirical_mu`).
     """
     tokens = latent_size[0] * latent_size[1]
     at_200_steps = 0.00016927 * tokens + 0.45666666

@@ -30,6 +30,10 @@ QWEN3_4B = Component(
     "comfy/text_encoders/qwen25_tokenizer")  # fmt: skip
 
 
+THINKING = "<think>"
+"""A token that Qwen3 has and Qwen2.5 has not, whose tokenizer is all that ComfyUI 0.3.64 ships."""
+
+
 def load_qwen(
     weights: Weights,
     tokenizer: Path,
@@ -78,6 +82,11 @@ def qwen_config(weights: Weights) -> dict[str, Any]:
     }
 
 
+def is_qwen3_tokenizer(folder: Path) -> bool:
+    """Whether the tokenizer in a folder knows what Qwen3's templates are made of."""
+    return any(THINKING in file.read_text("utf-8") for file in folder.glob("*.json"))
+
+
 def qwen_name(name: str, weights: Weights) -> str:
     """Files hold the language model with or without what says its next word."""
     return name if name in weights else f"model.{name}"
@@ -95,7 +104,7 @@ def write_qwen_tokenizer(folder: Path) -> int:
     model.decoder = tokenizers.decoders.ByteLevel()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=model, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
+        additional_special_tokens=["<|im_start|>", THINKING, "</think>"],
     )  # fmt: skip
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -421,7 +421,7 @@ def test_what_it_says_of_wrong_files(options, message, files, variant, tmp_path)
         return named.get(value, value)
 
     if variant == "klein" and "bare" not in str(options):
-        (tmp_path / "tokenizer.json").write_text("{}")
+        (tmp_path / "tokenizer.json").write_text('"<think>"')
         options = {**options, "tokenizer_path": str(tmp_path)}
     title = "Mistral Small 3" if variant == "dev" else "Qwen3 4B"
     with pytest.raises(SettingsError, match=re.escape(message.format(text=title))):
@@ -434,6 +434,14 @@ def test_the_wider_klein_asks_for_the_larger_encoder(folder, files, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     with pytest.raises(SettingsError, match="has 48 features, but the transformer works with 12288; give Qwen3 8B"):
         flux2(diffusers_path=folder, diffusion_model=tmp_path / "dit.safetensors").check_files()
+
+
+@pytest.mark.parametrize("variant", ["klein"], indirect=True)
+def test_a_tokenizer_of_qwen_2_is_refused(folder, files, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('"<|im_start|>"')
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(SettingsError, match=r"model\.tokenizer_path: the tokenizer in .* is not Qwen3's"):
+        single(files, tokenizer_path=tmp_path).check_files()
 
 
 # -- LoRAs and trainings ----------------------------------------------------------------------------------
@@ -464,6 +472,19 @@ def test_lora_moves_the_pipeline_as_in_training(folder, tmp_path):
     settings = {"type": "lora", "rank": 4, "init_from_existing": str(tmp_path / "lora.safetensors")}
     again = inject(family.load_denoiser(CPU), family, validate(Lora, settings), 0)
     torch.testing.assert_close(predict(family, again, inputs), ours, atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_on_all_layers_loads_in_diffusers(folder, tmp_path):
+    """But for what ComfyUI calls otherwise."""
+    family = flux2(diffusers_path=folder)
+    settings = validate(Lora, {"type": "lora", "rank": 2, "target_modules": ["."]})
+    layers = adapted_layers(inject(family.load_denoiser(CPU), family, settings, 0))
+    save_file(export_tensors(layers, family, torch.float32), tmp_path / "lora.safetensors")
+    pipeline = library_pipeline(folder)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    loaded = {name.partition(".lora_A")[0] for name, _ in pipeline.transformer.named_modules() if ".lora_A." in name}
+    assert loaded == {name for name in layers if family.lora_keys(name).startswith("transformer.")}
+    assert {"x_embedder", "context_embedder", "norm_out.linear", "proj_out"} <= loaded
 
 
 def test_every_module_has_a_key_of_its_own(folder):
