@@ -94,10 +94,11 @@ class Flux2Config(FromComfyUI):
     )
 
 
-KLEIN_9B_TEXT = replace(
+QWEN3_8B = replace(
     QWEN3_4B, title="Qwen3 8B, such as qwen_3_8b.safetensors", prefixes=("text_encoders.qwen3_8b.transformer.",)
 )
 QWEN3_8B_WIDTH = 4096
+"""Features of it; the other has 2560."""
 COMPONENTS = {
     "transformer": Component(
         "a FLUX.2 transformer, such as flux-2-klein-base-4b.safetensors", "diffusion_model", "transformer",
@@ -144,7 +145,7 @@ class Flux2(FromComponents, FlowFamily):
         if self._is_dev:
             return MISTRAL
         is_larger = self._transformer_shape("context_embedder.weight")[1] == QWEN3_8B_WIDTH * len(QWEN_LAYERS)
-        return KLEIN_9B_TEXT if is_larger else QWEN3_4B
+        return QWEN3_8B if is_larger else QWEN3_4B
 
     @property
     def _is_dev(self) -> bool:

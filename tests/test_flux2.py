@@ -528,6 +528,16 @@ def test_edits_and_pictures_alone_train_together(tmp_path):
     assert staged.curve("loss") == pytest.approx(plain.curve("loss"), rel=1e-5)
 
 
+def test_what_lies_beside_a_lora_says_that_it_is_scaled(tmp_path):
+    adapter = {"alpha": 8, "rank_pattern": {"attn.to_q": 2}}
+    result = Bench(tmp_path, "flux2").train(epochs=1, save_every_n_epochs=1, adapter=adapter)
+    assert not any("alpha" in key for key in result.lora())
+    config = json.loads((Path(result.status.exports[-1]) / "adapter_config.json").read_text("utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (4, 4.0)
+    assert set(config["rank_pattern"].values()) == {2}
+    assert config["alpha_pattern"] == config["rank_pattern"]
+
+
 def test_all_weights_and_samples(tmp_path):
     """What is trained moves, and is what ComfyUI reads."""
     bench = Bench(tmp_path, "flux2")

@@ -164,6 +164,7 @@ def _existing(denoiser: nn.Module, family: Family, settings: AdapterTable) -> di
 
 
 FIRST_FACTORS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
+"""Each adapter has one of these."""
 
 
 def _scaled(layer: Adapted) -> dict[str, torch.Tensor]:
