@@ -43,6 +43,8 @@ from training import Bench
 CPU = torch.device("cpu")
 CAPTIONS = ["a red cat", "a photo of a red cat on a roof at night, far longer than the others are [IMG] " * 3]
 """The second is cut."""
+QUANTILE = 0.68
+"""At which rounding the time to 16 bits differs from rounding a thousand times it."""
 
 
 @pytest.fixture(scope="module", params=["klein", "dev"])
@@ -137,12 +139,12 @@ def test_one_step_equals_the_pipelines(folder, variant, dtype, num_controls):
     with torch.no_grad():
         embeds, _ = pipeline.encode_prompt(CAPTIONS, max_sequence_length=320)
     batch = family.collate([
-        Example({"latents": latents[n]}, {"text_embeds": embeds[n]}, noise[n], 0.6, controls) for n in range(2)
+        Example({"latents": latents[n]}, {"text_embeds": embeds[n]}, noise[n], QUANTILE, controls) for n in range(2)
     ])  # fmt: skip
     prediction = predict(family, family.load_denoiser(CPU), batch.inputs)
 
     pipeline.scheduler = AtOneTime()
-    pipeline.scheduler.sigma = family.timestep(0.6, (4, 6))
+    pipeline.scheduler.sigma = family.timestep(QUANTILE, (4, 6))
     pipeline.scheduler.set_timesteps()
     x_t = pipeline.scheduler.scale_noise(latents.float(), pipeline.scheduler.timesteps, noise)
     seen: dict[str, Any] = {}
