@@ -179,6 +179,28 @@ def lumina2(size: Size, device: torch.device) -> Subject:
     return Subject("lumina_2", RandomLumina2, media, {"gemma_embeds": (128, 2304)})
 
 
+def flux2(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
+    """FLUX.2; the shape is that of Flux2Transformer2DModel."""
+    from diffusers import Flux2Transformer2DModel
+    from diffusion_trainer.models.flux2 import Flux2
+    from diffusion_trainer.utils.weights import build
+
+    if size.small:
+        shape = {**shape, "num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2}
+
+    class RandomFlux2(Flux2):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: Flux2Transformer2DModel(**shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (128, size.height // 16, size.width // 16)}
+    return Subject("flux2", RandomFlux2, media, {"text_embeds": (512, shape["joint_attention_dim"])})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -259,9 +281,17 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "sd3.5-medium": partial(sd3, shape=SD35_MEDIUM),
     "sd3.5-large": partial(sd3, shape=SD35_LARGE),
     "lumina2": lumina2,
+    "flux2-klein-4b": partial(flux2, shape={
+        "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+        "guidance_embeds": False}),
+    "flux2-klein-9b": partial(flux2, shape={
+        "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+        "guidance_embeds": False}),
+    "flux2-dev": partial(flux2, shape={
+        "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360}),
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),
     "wan-i2v-14b": partial(wan, shape={"num_attention_heads": 40}, task="i2v"),
-}
+}  # fmt: skip
 """By name, as ``--family`` takes it."""

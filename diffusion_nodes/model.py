@@ -18,6 +18,8 @@ from .schema import SettingsNode, Socket, Widget, can_be_typed, widget
 
 IN_MODEL_CONFIG = ("type", "dtype", "transformer_dtype", "timestep_sample_method")
 """Options that the ModelConfig node sets for every family."""
+TEXT_ENCODERS = {"flux2": "flux2", "z_image": "lumina2"}
+"""What ComfyUI calls the text encoder of families whose node has an input for one file."""
 NOT_YET = "This version cannot train it yet."
 
 
@@ -60,8 +62,8 @@ def _as_table(settings: dict[str, Any]) -> dict[str, Any]:
         settings.pop("single_file_path", None)
     if settings.pop("qwen_2511", False):
         settings["type"] = "qwen2511"
-    if settings["type"] == "z_image" and (path := settings.pop("text_encoder_path", None)):
-        settings["text_encoders"] = [{"path": path, "type": "lumina2"}]
+    if settings["type"] in TEXT_ENCODERS and (path := settings.pop("text_encoder_path", None)):
+        settings["text_encoders"] = [{"path": path, "type": TEXT_ENCODERS[settings["type"]]}]
     if settings["type"] == "hunyuan_video_15":
         paths = [settings.pop("Text_Encoder"), settings.pop("ByT5")]
         settings["text_encoders"] = [{"paths": paths, "type": "hunyuan_video_15"}]

@@ -85,7 +85,9 @@ CONTRACTS = {
     "AuraFlowModelNode": Contract(
         "AuraFlow Model", "auraflow", "get_aura_flow_config",
         ("transformer_path", "text_encoder_path", "vae_path", "max_sequence_length")),
-    "Flux2ConfigNode": Contract("Flux.2 Model", "flux2", "get_flux2_config", ("diffusers_path",)),
+    "Flux2ConfigNode": Contract(
+        "Flux.2 Model", "flux2", "get_flux2_config", ("diffusers_path",),
+        ("diffusion_model", "vae", "text_encoder_path")),
     "ZImageModelNode": Contract(
         "Z-Image Model", "z_image", "get_z_image_config", (),
         ("merge_adapters", "checkpoint_path", "diffusion_path", "text_encoder_path", "vae_path"),

@@ -459,6 +459,10 @@ class Family(ABC):
             text_encoders: Load them, too; without, the pipeline takes embeddings alone, as `sample` gives it.
         """
 
+    def vae_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents of the denoiser, batch first, in the shape in which the VAE decodes them."""
+        return latents
+
     @abstractmethod
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         """Prompt, negative prompt and pictures of a request as arguments of the family's pipeline: batches of

@@ -131,7 +131,7 @@ class FromComponents:
             if given != taken:
                 raise SettingsError(
                     f"{parts[name].option}: '{parts[name].path}' has {given} features, but the transformer works with "
-                    f"{taken}; give {self.components[name].title}"
+                    f"{taken}; give {self._component(name).title}"
                 )
 
     def _schedule(self, usual: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,8 @@ class FromComponents:
     def _tokenizer_folder(self, name: str) -> Path:
         part = self._component(name)
         setting = f"model.{part.tokenizer_option}"
-        places = [in_comfyui(part.tokenizer_in_comfyui)]
+        shipped = part.tokenizer_in_comfyui
+        places = [in_comfyui(shipped) if shipped else None]
         if self.config.diffusers_path:
             places.insert(0, Path(self.config.diffusers_path).expanduser() / part.tokenizer_folder)
         if value := getattr(self.config, part.tokenizer_option):
@@ -154,8 +155,8 @@ class FromComponents:
                 return folder
         raise SettingsError(
             f"{setting}: no tokenizer found{f' in {places[0]!s}' if places[0] else ''}; give the folder "
-            f"'{part.tokenizer_folder}' of {self.published}, or model.diffusers_path, or ComfyUI's "
-            f"'{part.tokenizer_in_comfyui}'"
+            f"'{part.tokenizer_folder}' of {self.published}, or model.diffusers_path"
+            + (f", or ComfyUI's '{shipped}'" if shipped else "")
         )
 
 

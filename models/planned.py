@@ -193,13 +193,6 @@ class HunyuanVideo15Config(FromComfyUI):
     type: Literal["hunyuan_video_15"] = "hunyuan_video_15"
 
 
-class Flux2Config(FromComfyUI):
-    """Flux.2 dev and klein."""
-
-    type: Literal["flux2"] = "flux2"
-    diffusers_path: str | None = _folder()
-
-
 class ErnieImageConfig(FromComfyUI):
     """ERNIE-Image."""
 

@@ -86,6 +86,13 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "llm_path": "/data/ComfyUI/models/text_encoders/gemma_2_2b_fp16.safetensors",
                 "vae_path": "/data/ComfyUI/models/vae/ae.safetensors", "dtype": "bfloat16", "lumina_shift": True},
                dataset="/data/dataset_system_prompt.toml")),
+    "flux2_lora.toml": (
+        "A LoRA for FLUX.2 klein from the single files that ComfyUI has: base is the one to train, not the distilled",
+        _train({"type": "flux2",
+                "diffusion_model": "/data/ComfyUI/models/diffusion_models/flux-2-klein-base-4b.safetensors",
+                "vae": "/data/ComfyUI/models/vae/flux2-vae.safetensors",
+                "text_encoders": [{"path": "/data/ComfyUI/models/text_encoders/qwen_3_4b.safetensors",
+                                   "type": "flux2"}], "dtype": "bfloat16", "shift": 3.0})),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = (
     "chroma",
+    "flux2-klein-4b",
     "lumina2",
     "sd3.5-medium",
     "sdxl",

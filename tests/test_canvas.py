@@ -26,7 +26,8 @@ ELSEWHERE = {
     "FusedAdapter.weight": "the same line",
     "DatasetSettings.directory": "the path nodes and Add Dataset Folder",
     "Directory.control_paths": "Multi Image Edit Dataset Path",
-    "FromComfyUI.text_encoders": "text_encoder_path of Z-Image Model; Text_Encoder and ByT5 of HunyuanVideo 1.5 Model",
+    "FromComfyUI.text_encoders": "text_encoder_path of Flux.2 Model and Z-Image Model; Text_Encoder and ByT5 of "
+    "HunyuanVideo 1.5 Model",
     "TextEncoderFiles.path": "the same",
     "TextEncoderFiles.paths": "the same",
     "TextEncoderFiles.type": "follows from the node",

@@ -20,6 +20,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
     SD3Transformer2DModel,
@@ -31,6 +32,7 @@ from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.flux2 import Flux2, tokens_of
 from diffusion_trainer.models.lumina2 import Lumina2
 from diffusion_trainer.models.lumina2_attention import fuse_attention
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
@@ -175,6 +177,28 @@ def test_flux(variant, tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
     found = answers(tmp_path, inputs, widths={"hidden_size": 256, "num_heads": 2, "context_in_dim": 64})
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- FLUX.2 -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["klein", "dev", "edit"])
+def test_flux2(variant, tmp_path):
+    if "flux2" not in Path(os.environ["COMFYUI_DIR"], "comfy/model_detection.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI has no FLUX.2")
+    torch.manual_seed(0)
+    denoiser = Flux2Transformer2DModel(
+        num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=96,
+        guidance_embeds=variant == "dev")  # fmt: skip
+    family = Flux2(validate(Flux2.Config, {"type": "flux2", "dtype": "float32"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 128, 6, 8), "timestep": torch.tensor([0.6125]), "context": torch.randn(1, 20, 96)}
+    inputs["guidance"] = torch.tensor([3.5])
+    if variant == "edit":
+        inputs["ref_latents"] = torch.randn(1, 128, 6, 8)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    found = answers(tmp_path, inputs, widths={})
+    assert_same({name: tokens_of(value) for name, value in found.items()}, expected)
 
 
 # -- Chroma -----------------------------------------------------------------------------------------------

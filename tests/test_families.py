@@ -101,9 +101,24 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
+def flux2_forward(denoiser, x_t, t, text, guidance):
+    from diffusers import Flux2Pipeline
+
+    return denoiser(
+        hidden_states=Flux2Pipeline._pack_latents(x_t),
+        encoder_hidden_states=text,
+        timestep=t,
+        guidance=guidance if denoiser.config.guidance_embeds else None,
+        img_ids=Flux2Pipeline._prepare_latent_ids(x_t),
+        txt_ids=Flux2Pipeline._prepare_text_ids(text),
+        return_dict=False,
+    )[0]
+
+
 FORWARD = {
     "chroma": chroma_forward,
     "flux": flux_forward,
+    "flux2": flux2_forward,
     "lumina_2": lumina_2_forward,
     "sd3": sd3_forward,
     "sdxl": sdxl_forward,
@@ -154,7 +169,7 @@ def wan_prompted(pipeline, prompt, generator, images):
 
 def z_image_prompted(pipeline, prompt, generator, images):
     return pipeline(
-        prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=64,
+        prompt=prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=64,
         generator=generator,
     ).images  # fmt: skip
 
@@ -162,6 +177,7 @@ def z_image_prompted(pipeline, prompt, generator, images):
 PROMPTED = {
     "chroma": flux_prompted,
     "flux": flux_prompted,
+    "flux2": z_image_prompted,
     "lumina_2": lumina_2_prompted,
     "sd3": flux_prompted,
     "sdxl": sdxl_prompted,
@@ -173,6 +189,7 @@ pictures to start from, 5 frames."""
 
 VARIANTS: dict[str, list[dict]] = {
     "sd3": [{"variant": name} for name in ("sd3", "sd35_medium")],
+    "flux2": [{"variant": name} for name in ("klein", "dev")],
     "wan": [{"variant": name} for name in ("t2v", "flf2v")],
 }
 """For families whose variants differ in shape, the arguments of `write_miniature` for each."""

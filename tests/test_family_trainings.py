@@ -9,6 +9,7 @@ from training import Bench, Result
 
 PREFIXES = {
     "chroma": "transformer.",
+    "flux2": "transformer.",
     "lumina_2": "diffusion_model.",
     "sd3": "transformer.",
     "z_image": "diffusion_model.",

@@ -19,7 +19,9 @@ from torch import nn
 from training import Bench, Result, StopsAfter
 
 CPU = torch.device("cpu")
-EXPORTED_AS = {"flux": "transformer_path", "sdxl": "checkpoint_path", "z_image": "diffusion_model"}
+EXPORTED_AS = {
+    "flux": "transformer_path", "flux2": "diffusion_model", "sdxl": "checkpoint_path", "z_image": "diffusion_model"
+}  # fmt: skip
 """The option of each family that takes an exported model; others call it transformer_path, too."""
 FULL: dict[str, Any] = {"adapter": None, "optimizer": {"lr": 1e-3}, "epochs": 2}
 

@@ -86,7 +86,7 @@ class Exporter:
             layers = sorted({name for _, names in parts for name in names})
             config = adapter_config(self.settings.model.type, adapter, layers)
             if adapter.type == "lora" and not self.family.says_alpha:
-                config["lora_alpha"] = float(adapter.rank)
+                config |= {"lora_alpha": float(adapter.rank), "alpha_pattern": config["rank_pattern"]}
             metadata = {"format": "pt", "network_alpha": str(config["lora_alpha"]), "rank": str(adapter.rank), **about}
             export_adapter(target, tensors, metadata, config, copies)
             logger.info("%s written to %s", adapter.title, target)

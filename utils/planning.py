@@ -160,7 +160,7 @@ class _Planner:
         parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         mine = set(self.denoiser.parameters())
         others = sum(p.nbytes for part in parts for p in part.parameters() if p not in mine)
-        latents = example.media["latents"][None].to(pipeline.vae.dtype)
+        latents = family.vae_latents(example.media["latents"][None]).to(pipeline.vae.dtype)
         work = measure_drawing(self.layers, batch, pipeline.vae, latents)
         return max(self._while_drawing(stage.memory) for stage in plan.stages) + others + work
 
