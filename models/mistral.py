@@ -158,7 +158,7 @@ def miniature_tekken() -> bytes:
     """A tekken.json of bytes, a few words, and Mistral's special tokens that are needed here."""
     special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "[SYSTEM_PROMPT]",
                "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "<pad>"]  # fmt: skip
-    words = [b"ca", b"re", b"cat", b" c", b" cat", b" r", b"ed", b" red"]
+    words = [b"ca", b"re", b"cat", b" c", b" cat", b" re", b"ed", b" red"]
     tokens = [bytes([byte]) for byte in range(256)] + words
     config = {
         "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",

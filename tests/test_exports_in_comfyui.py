@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
@@ -28,13 +29,14 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusion_trainer.models import autoencoder
+from diffusion_trainer.models import autoencoder, flux2_vae
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.flux2 import Flux2, tokens_of
 from diffusion_trainer.models.lumina2 import Lumina2
 from diffusion_trainer.models.lumina2_attention import fuse_attention
+from diffusion_trainer.models.mistral import miniature_tekken
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -43,8 +45,19 @@ from diffusion_trainer.utils.adapted import Adapted, adapted_layers
 from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import validate
+from diffusion_trainer.utils.weights import Weights
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -103,12 +116,14 @@ def randomize(layer: Adapted) -> None:
         layer.magnitude *= 1 + 0.2 * torch.randn_like(layer.magnitude)
 
 
-def answers(folder: Path, inputs: dict[str, torch.Tensor], **task: Any) -> dict[str, torch.Tensor]:
+def answers(
+    folder: Path, inputs: dict[str, torch.Tensor], script: str = "comfy_predict.py", **task: Any
+) -> dict[str, torch.Tensor]:
     """What ComfyUI makes of the files in ``folder``, which it must know to the last tensor."""
     save_file({name: value.contiguous() for name, value in inputs.items()}, folder / "inputs.safetensors")
     (folder / "task.json").write_text(json.dumps({"adapters": list(ADAPTERS), **task}))
     done = subprocess.run(
-        [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests/comfy_predict.py"), str(folder)],
+        [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests" / script), str(folder)],
         cwd=os.environ["COMFYUI_DIR"], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -182,23 +197,78 @@ def test_flux(variant, tmp_path):
 # -- FLUX.2 -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["klein", "dev", "edit"])
-def test_flux2(variant, tmp_path):
+@pytest.fixture
+def flux2() -> Flux2:
     if "flux2" not in Path(os.environ["COMFYUI_DIR"], "comfy/model_detection.py").read_text("utf-8"):
         pytest.skip("this ComfyUI has no FLUX.2")
     torch.manual_seed(0)
+    return Flux2(validate(Flux2.Config, {"type": "flux2", "dtype": "float32"}))
+
+
+@pytest.mark.parametrize("variant", ["klein", "dev", "edit"])
+def test_flux2(variant, flux2, tmp_path):
     denoiser = Flux2Transformer2DModel(
         num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=96,
         guidance_embeds=variant == "dev")  # fmt: skip
-    family = Flux2(validate(Flux2.Config, {"type": "flux2", "dtype": "float32"}))
-    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    save_file(flux2.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
     inputs = {"x": torch.randn(1, 128, 6, 8), "timestep": torch.tensor([0.6125]), "context": torch.randn(1, 20, 96)}
     inputs["guidance"] = torch.tensor([3.5])
     if variant == "edit":
         inputs["ref_latents"] = torch.randn(1, 128, 6, 8)
-    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    expected = with_adapters(flux2, denoiser, tmp_path, lambda: run(flux2, denoiser, tuple(inputs.values())))
     found = answers(tmp_path, inputs, widths={})
     assert_same({name: tokens_of(value) for name, value in found.items()}, expected)
+
+
+@pytest.mark.parametrize("part", ["qwen3_4b", "mistral3_24b"])
+def test_flux2_text(part, flux2, tmp_path):
+    """ComfyUI's own text encoder gives the same, but for what fills up dev's text."""
+    is_dev = part == "mistral3_24b"
+    sizes: Any = {"vocab_size": 400 if is_dev else 151936, "hidden_size": 16, "intermediate_size": 32,
+                  "num_attention_heads": 1, "num_key_value_heads": 1}  # fmt: skip
+    config: Any = {**sizes, "head_dim": 128, "num_hidden_layers": 30 if is_dev else 36}
+    if is_dev:
+        made: Any = MistralForCausalLM(MistralConfig(**config, rope_theta=1e9, rms_norm_eps=1e-5, sliding_window=None))
+    else:
+        made = Qwen3ForCausalLM(Qwen3Config(**config, rope_theta=1e6))
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    left_out = ("lm_head.weight", "model.norm.weight") if is_dev else ("lm_head.weight",)
+    weights = {name: value.contiguous() for name, value in made.state_dict().items() if name not in left_out}
+    if is_dev:
+        weights["tekken_model"] = torch.frombuffer(bytearray(miniature_tekken()), dtype=torch.uint8)
+    save_file(weights, tmp_path / "model.safetensors")
+    Flux2.write_miniature(tmp_path / "whole", "dev" if is_dev else "klein")
+    tokenizer = None if is_dev else f"{os.environ['COMFYUI_DIR']}/comfy/text_encoders/qwen25_tokenizer"
+    family = Flux2(validate(Flux2.Config, {
+        "type": "flux2", "dtype": "float32", "diffusers_path": str(tmp_path / "whole"), "tokenizer_path": tokenizer,
+        "text_encoders": [{"path": str(tmp_path / "model.safetensors"), "type": "flux2"}]}))  # fmt: skip
+    family.check_files()
+    captions = ["a photo of a red (cat:1.2), 12 cats.", ""]
+    ours = family.encode_text("text", family.load_text_encoder("text", CPU), captions)["text_embeds"]
+    found = answers(tmp_path, {}, "comfy_encode.py", part=part, captions=captions, sizes=sizes)
+    lengths = [value.shape[1] for value in found.values()]
+    assert lengths == [512, 512] if not is_dev else lengths[1] < lengths[0] < 512
+    assert_same(found, {str(n): ours[n : n + 1, -length:] for n, length in enumerate(lengths)})
+
+
+def test_flux2_vae(flux2, tmp_path):
+    """Of real size, which ComfyUI takes for granted."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)  # fmt: skip
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    file = tmp_path / "model.safetensors"
+    tensors = flux2_vae.to_original(vae.state_dict())
+    save_file({name: value.contiguous() for name, value in tensors.items()}, file)
+    pixels = torch.rand(1, 64, 96, 3)
+    loaded = flux2_vae.load_vae(Weights(file, "model.vae"), torch.float32, CPU)
+    latents = flux2_vae.encode(loaded, pixels.permute(0, 3, 1, 2)[:, :, None] * 2 - 1, torch.float32)
+    found = answers(tmp_path, {"pixels": pixels}, "comfy_encode.py", part="vae")
+    file.unlink()  # large
+    torch.testing.assert_close(found["latents"], latents, atol=1e-4, rtol=1e-3)
+    assert found["pixels"].shape == pixels.shape
 
 
 # -- Chroma -----------------------------------------------------------------------------------------------
