@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "flow", "flux_attention", "planned", "z_image_attention")
+_NO_FAMILIES = ("__init__", "base", "flow", "flux_attention", "planned", "qwen_image_attention", "z_image_attention")
 """Not looked into for families; what is called attention needs torch, which would slow down the start of ComfyUI."""
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 

@@ -207,8 +207,8 @@ class Family(ABC):
     frame_multiple: ClassVar[int] = 4
     frame_remainder: ClassVar[int] = 1
     """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
-    max_controls: ClassVar[int] = 0
-    """Most control pictures that it takes, as edit models do."""
+    max_controls: int = 0
+    """Most control pictures that it takes, as edit models do; may differ from variant to variant, too."""
     text_sees_controls: ClassVar[tuple[str, ...]] = ()
     """Text encoders that look at the control pictures, too; see `encode_edit`."""
     text_encoders: ClassVar[tuple[str, ...]]
@@ -293,7 +293,8 @@ class Family(ABC):
             generators: One for each picture, on the CPU, for encoders that draw from their posterior.
 
         Returns:
-            At least ``latents``, batch first. Pictures of image models have no frame dimension.
+            At least ``latents``, batch first. Pictures of image models have no frame dimension, unless their VAE is
+            one of videos.
         """
 
     @abstractmethod

@@ -30,9 +30,9 @@ from . import flux
 from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .components import Component, TextEncoder
 from .files import read_json, write_json
-from .flow import FlowConfig
+from .flow import FlowConfig, pack
 from .flux import COMPONENTS as FLUX
-from .flux import Flux, bfl_source, pack, position_ids, read_bfl, to_bfl
+from .flux import Flux, bfl_source, position_ids, read_bfl, to_bfl
 
 if TYPE_CHECKING:
     import diffusers
