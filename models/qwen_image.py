@@ -1,4 +1,4 @@
-"""Qwen-Image, Qwen-Image-Edit, and Edit-2509 and Edit-2511, by Alibaba's Qwen team: 60 double blocks, 20 billion weights.
+"""Qwen-Image, Qwen-Image-Edit, Edit-2509 and Edit-2511, by Alibaba's Qwen team: 60 double blocks, 20 billion weights.
 
 A rectified-flow transformer over 2x2 patches of the latents of Wan's VAE. Caption (Qwen2.5-VL's last hidden states, in
 their own length) and picture pass the blocks as two streams with joint attention, the caption first. The network
@@ -124,7 +124,7 @@ class QwenImage(FromComponents, FlowFamily):
     """Qwen-Image in the hands of the trainer."""
 
     title = "Qwen-Image"
-    Config = QwenImageConfig
+    Config: ClassVar[type[QwenImageConfig]] = QwenImageConfig
     config: QwenImageConfig
     components = COMPONENTS
     whole = "a Qwen-Image folder in diffusers layout"
@@ -160,11 +160,15 @@ class QwenImage(FromComponents, FlowFamily):
         )
         config = self._transformer_config()
         if config.get("use_layer3d_rope") or config.get("use_additional_t_cond"):
-            raise SettingsError(f"{transformer.option}: '{transformer.path}' is Qwen-Image-Layered, which cannot be "
-                                f"trained; give {self.components['transformer'].title}")  # fmt: skip
+            raise SettingsError(
+                f"{transformer.option}: '{transformer.path}' is Qwen-Image-Layered, which cannot be trained; give "
+                f"{self.components['transformer'].title}"
+            )
         if self.is_2511 and not config.get("zero_cond_t"):
-            raise SettingsError(f"{transformer.option}: '{transformer.path}' is not Qwen-Image-Edit-2511 (its "
-                                "config.json has no zero_cond_t); for other models give type = 'qwen_image'")  # fmt: skip
+            raise SettingsError(
+                f"{transformer.option}: '{transformer.path}' is not Qwen-Image-Edit-2511 (its config.json has no "
+                "zero_cond_t); for other models give type = 'qwen_image'"
+            )
         self.max_controls = 3 if self.is_plus else 1
 
     @property
@@ -445,7 +449,8 @@ def _embed(
     temb_ND = modules.time_text_embed(told_N, x_NTD)
     text_NLD = modules.txt_in(modules.txt_norm(text_NLD))
     grid = 1, x_t_NCFHW.shape[3] // 2, x_t_NCFHW.shape[4] // 2
-    turns = modules.pos_embed([[grid] * (1 + len(controls_NCFHW))], device=x_NTD.device, max_txt_seq_len=text_NLD.shape[1])
+    shapes = [[grid] * (1 + len(controls_NCFHW))]
+    turns = modules.pos_embed(shapes, device=x_NTD.device, max_txt_seq_len=text_NLD.shape[1])
     cos_TD, sin_TD = real_angles(*turns)
     return x_NTD, text_NLD, temb_ND, cos_TD, sin_TD, seen_NL, *made
 
