@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -341,6 +341,10 @@ class Family(ABC):
             noise=torch.zeros(media["latents"]),
             quantile=0.5,
         )
+
+    def with_controls(self, example: Example, number: int) -> Example:
+        """A blank example with so many control pictures, at most as many as the family takes."""
+        return replace(example, controls=(example.media,) * min(self.max_controls, number))
 
     @abstractmethod
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:

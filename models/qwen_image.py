@@ -297,6 +297,13 @@ class QwenImage(FromComponents, FlowFamily):
         config: Any = self.build_denoiser().config
         return {"latents": (config.in_channels // 4, *latent_size)}, {"qwen_embeds": (128, config.joint_attention_dim)}
 
+    def with_controls(self, example: Example, number: int) -> Example:
+        """As `Family.with_controls`; the language model has a token for each 28x28 pixels of a control picture."""
+        example = super().with_controls(example, number)
+        text_LD = example.text["qwen_embeds"]
+        seen = len(example.controls) * (SHOWN_PLUS if self.is_plus else SHOWN) // 28**2
+        return replace(example, text={"qwen_embeds": text_LD.new_zeros(len(text_LD) + seen, text_LD.shape[1])})
+
     def spread_mask(self, mask_NFHW: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return pack(mask_NFHW.expand(-1, target.shape[-1] // 4, -1, -1))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import Bench, Result
 
-PREFIXES = {"chroma": "transformer.", "z_image": "diffusion_model."}
+PREFIXES = {"chroma": "transformer.", "qwen_image": "diffusion_model.", "z_image": "diffusion_model."}
 """Of the LoRA's keys."""
 
 
