@@ -119,6 +119,27 @@ def z_image(size: Size, device: torch.device) -> Subject:
     return Subject("z_image", RandomZImage, media, {"qwen_embeds": (128, 2560)})
 
 
+def qwen_image(size: Size, device: torch.device) -> Subject:
+    """Qwen-Image with captions of 128 tokens."""
+    from diffusers import QwenImageTransformer2DModel
+    from diffusion_trainer.models.qwen_image import QwenImage
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"num_layers": 2, "num_attention_heads": 2} if size.small else {}
+
+    class RandomQwenImage(QwenImage):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: QwenImageTransformer2DModel(**shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, 1, size.height // 8, size.width // 8)}
+    return Subject("qwen_image", RandomQwenImage, media, {"qwen_embeds": (128, 3584)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -196,6 +217,7 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux": flux,
     "chroma": chroma,
     "z-image": z_image,
+    "qwen-image": qwen_image,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

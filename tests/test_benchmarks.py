@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    "family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image"))]
-)
+SLOW = ("sdxl", "chroma", "z-image", "qwen-image")
+
+
+@pytest.mark.parametrize("family", ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]
     command = [
