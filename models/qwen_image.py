@@ -546,6 +546,10 @@ def _miniature_parts(vocabulary: Mapping[str, int], zero_cond_t: bool) -> dict[s
         "vae": diffusers.AutoencoderKLQwenImage(base_dim=8),
         "text_encoder": qwen25_vl.miniature(vocabulary),
     }  # fmt: skip
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.ndim == 1:  # which are all ones, as if each were any other
+                torch.nn.init.normal_(parameter, 1.0, 0.2)
     return {
         **{name: model.to(torch.bfloat16) for name, model in models.items()},
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULE),
