@@ -317,9 +317,11 @@ class QwenImage(FromComponents, FlowFamily):
 
     def pipeline(self, denoiser: Any, device: torch.device, text_encoders: bool = True) -> Any:
         """As `Family.pipeline`; `sample` shows it control pictures."""
+        from .qwen_image_attention import QwenImagePipeline, use_real_attention
+
         qwen = self.load_text_encoder("qwen", device) if text_encoders else TextEncoder(None, None)
-        self.layers(denoiser)  # for its attention
-        return diffusers.QwenImagePipeline(
+        use_real_attention(denoiser)
+        return QwenImagePipeline(
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(self._schedule(SCHEDULE)),
             vae=self.load_vae(device),
             text_encoder=qwen.model,

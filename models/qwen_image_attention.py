@@ -1,5 +1,6 @@
 """Qwen-Image's attention with rotary embedding in real numbers, which torch.compile knows, and where there are kernels
-as one operator with the norms; and its block for pictures of two noise levels, without a mask over all features.
+as one operator with the norms; its block for pictures of two noise levels, without a mask over all features; and its
+pipeline without a limit for captions that saw pictures.
 
 Shape legend: N batch, T tokens (text before image), H heads, D features of a head or of a token, P pairs of features
 of a head, M features of one modulation.
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_qwenimage
@@ -165,3 +167,13 @@ class _Modulated:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
+class QwenImagePipeline(diffusers.QwenImagePipeline):
+    """As diffusers', but embeddings are never cut: those of a caption that saw pictures have a token for each bit of
+    them, and diffusers' limit of 1024 is one of captions alone."""
+
+    def encode_prompt(self, *args: Any, prompt_embeds: Tensor | None = None, **given: Any) -> Any:
+        if prompt_embeds is not None:
+            return prompt_embeds, None
+        return super().encode_prompt(*args, **given)

@@ -336,9 +336,21 @@ def pictures_of_size(monkeypatch, width: int, height: int):
         yield
 
 
+def decoded(pipeline: Any, draw: Any) -> torch.Tensor:
+    """The latents that the pipeline decodes while it draws; of a picture a miniature's decoder shows little."""
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        decode = pipeline.vae.decode
+        patch.setattr(
+            pipeline.vae, "decode", lambda latents, **given: (seen.append(latents), decode(latents, **given))[1]
+        )
+        draw()
+    return seen[0]
+
+
 def test_draws_what_the_pipelines_for_edits_draw(edit, monkeypatch):
     kind, folder = edit
-    family = qwen_image(folder, kind)
+    family, theirs = qwen_image(folder, kind), library_pipeline(folder, kind)
     family.check_files()
     shown = tuple(opened(picture) for picture in pictures(family.max_controls, (48, 64)))
     encoder = family.load_text_encoder("qwen", CPU)
@@ -347,20 +359,26 @@ def test_draws_what_the_pipelines_for_edits_draw(edit, monkeypatch):
     text, negative = ({"qwen_embeds": value} for value in texts)
     ours = family.pipeline(family.load_denoiser(CPU), CPU, text_encoders=False)
     ours.set_progress_bar_config(disable=True)
-    request = SampleRequest(text, negative, width=64, height=48, steps=2, guidance=3.0, seed=5, images=shown)
-    (drawn,) = family.sample(ours, request)
-    with pictures_of_size(monkeypatch, 64, 48):
+
+    def drawn(images: tuple[Image.Image, ...], guidance: float | None) -> torch.Tensor:
+        request = SampleRequest(text, negative, width=64, height=48, steps=2, guidance=guidance, seed=5, images=images)
+        return decoded(ours, lambda: family.sample(ours, request))
+
+    def expected(**guidance: float) -> torch.Tensor:
         images = [ImageOps.fit(image, (64, 48)) for image in shown]
-        expected = library_pipeline(folder, kind)(
+        return decoded(theirs, lambda: theirs(
             image=images[0] if kind == "Edit" else images, prompt_embeds=texts[0][None],
             prompt_embeds_mask=torch.ones(1, len(texts[0])), negative_prompt_embeds=texts[1][None],
-            negative_prompt_embeds_mask=torch.ones(1, len(texts[1])), true_cfg_scale=3.0, width=64, height=48,
-            num_inference_steps=2, generator=torch.Generator().manual_seed(5), output_type="pt",
-        ).images  # fmt: skip
-    found = torch.frombuffer(bytearray(drawn.tobytes()), dtype=torch.uint8).view(48, 64, 3).permute(2, 0, 1)
-    assert (found / 255 - expected[0]).abs().max() < 2 / 255
-    (plain,) = family.sample(ours, SampleRequest(text, negative, width=64, height=48, steps=2, guidance=3.0, seed=5))
-    assert plain.tobytes() != drawn.tobytes()
+            negative_prompt_embeds_mask=torch.ones(1, len(texts[1])), width=64, height=48, num_inference_steps=2,
+            generator=torch.Generator().manual_seed(5), **guidance,
+        ))  # fmt: skip
+
+    with pictures_of_size(monkeypatch, 64, 48):
+        for guidance in (8.0, None):
+            given = {} if guidance is None else {"true_cfg_scale": guidance}
+            torch.testing.assert_close(drawn(shown, guidance), expected(**given), atol=2e-5, rtol=1e-4)
+    others = [drawn((), 8.0), drawn(tuple(map(ImageOps.mirror, shown)), 8.0), drawn(shown, None)]
+    assert all(not torch.allclose(drawn(shown, 8.0), other, atol=1e-3) for other in others)
 
 
 # -- files ------------------------------------------------------------------------------------------------
@@ -550,8 +568,9 @@ def test_lora_moves_the_pipeline_as_in_training(folder, tmp_path):
     denoiser = inject(family.load_denoiser(CPU), family, validate(Lora, {"type": "lora", "rank": 4}), 0)
     layers = adapted_layers(denoiser)
     assert {name.split(".")[0] for name in layers} == {"transformer_blocks"}
+    source = torch.Generator().manual_seed(3)
     for layer in layers.values():
-        torch.nn.init.normal_(layer.adapter.up, std=0.2)
+        torch.nn.init.normal_(layer.adapter.up, std=0.2, generator=source)
     save_file(export_tensors(layers, family, torch.float32), tmp_path / "lora.safetensors")
     pipeline = library_pipeline(folder)
     pipeline.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
