@@ -201,6 +201,27 @@ def flux2(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
     return Subject("flux2", RandomFlux2, media, {"text_embeds": (512, shape["joint_attention_dim"])})
 
 
+def qwen_image(size: Size, device: torch.device) -> Subject:
+    """Qwen-Image with captions of 128 tokens."""
+    from diffusers import QwenImageTransformer2DModel
+    from diffusion_trainer.models.qwen_image import QwenImage
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"num_layers": 2, "num_attention_heads": 2} if size.small else {}
+
+    class RandomQwenImage(QwenImage):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: QwenImageTransformer2DModel(**shape))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, 1, size.height // 8, size.width // 8)}
+    return Subject("qwen_image", RandomQwenImage, media, {"qwen_embeds": (128, 3584)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -289,6 +310,7 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
         "guidance_embeds": False}),
     "flux2-dev": partial(flux2, shape={
         "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360}),
+    "qwen-image": qwen_image,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

@@ -98,11 +98,14 @@ CONTRACTS = {
         keys={"diffusion_path": "diffusion_model", "vae_path": "vae"}, defaults={"shift": 1}, kinds={"shift": "INT"}),
 }  # fmt: skip
 
+SWITCHED = ("qwen2511",)
+"""Families without a node of their own: an input of another's says that it is this one."""
+
 
 @cache
 def contracts() -> dict[str, Contract]:
     """The model nodes by id: those above, and one for each other family that has a file."""
-    listed = {contract.family for contract in CONTRACTS.values()}
+    listed = {contract.family for contract in CONTRACTS.values()} | set(SWITCHED)
     others = [kind for kind in types_in_files() if kind not in listed]
     return CONTRACTS | {f"{_camel(kind)}ModelNode": Contract(f"{_words(kind)} Model", kind, "get_config")
                         for kind in others}  # fmt: skip

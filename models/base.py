@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -207,8 +207,8 @@ class Family(ABC):
     frame_multiple: ClassVar[int] = 4
     frame_remainder: ClassVar[int] = 1
     """Videos have ``frame_multiple * n + frame_remainder`` frames; each n is one frame of latents."""
-    max_controls: ClassVar[int] = 0
-    """Most control pictures that it takes, as edit models do."""
+    max_controls: int = 0
+    """Most control pictures that it takes, as edit models do; may differ from variant to variant, too."""
     text_sees_controls: ClassVar[tuple[str, ...]] = ()
     """Text encoders that look at the control pictures, too; see `encode_edit`."""
     text_encoders: ClassVar[tuple[str, ...]]
@@ -295,7 +295,8 @@ class Family(ABC):
             generators: One for each picture, on the CPU, for encoders that draw from their posterior.
 
         Returns:
-            At least ``latents``, batch first. Pictures of image models have no frame dimension.
+            At least ``latents``, batch first. Pictures of image models have no frame dimension, unless their VAE is
+            one of videos.
         """
 
     @abstractmethod
@@ -342,6 +343,10 @@ class Family(ABC):
             noise=torch.zeros(media["latents"]),
             quantile=0.5,
         )
+
+    def with_controls(self, example: Example, number: int) -> Example:
+        """A blank example with so many control pictures, at most as many as the family takes."""
+        return replace(example, controls=(example.media,) * min(self.max_controls, number))
 
     @abstractmethod
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:

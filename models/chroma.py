@@ -33,9 +33,9 @@ from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
 from .captions import side_by_side
 from .components import Component, TextEncoder, width_of
 from .files import read_json, write_json
-from .flow import FlowConfig
+from .flow import FlowConfig, pack
 from .flux import COMPONENTS as FLUX
-from .flux import Flux, bfl_source, pack, position_ids, read_bfl, to_bfl
+from .flux import Flux, bfl_source, position_ids, read_bfl, to_bfl
 from .t5 import write_t5_tokenizer
 
 if TYPE_CHECKING:

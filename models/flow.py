@@ -3,7 +3,7 @@
 A sample at time t is t * noise + (1 - t) * data, and the network predicts noise - data (Liu et al. 2022,
 arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
 
-Shape legend: N batch.
+Shape legend: N batch, C latent channels, H W height and width of the latents, T tokens, D features.
 """
 
 from __future__ import annotations
@@ -79,3 +79,9 @@ def resolution_shift(latent_size: tuple[int, int]) -> float:
     """
     tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
+    """2x2 patches of latents as tokens of 4C features: NTD."""
+    n, c, h, w = latents_NCHW.shape
+    return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)

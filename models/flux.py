@@ -29,7 +29,7 @@ from .base import Batch, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
 from .components import CLIP_L, FLUX_VAE, T5_XXL, Component, FromComponents, TextEncoder, width_of
 from .files import fingerprint, read_json, write_json
-from .flow import FlowConfig, FlowFamily
+from .flow import FlowConfig, FlowFamily, pack
 from .fused import ROWS, Source, swap_halves, to_fused
 from .t5 import load_t5, write_t5_tokenizer
 
@@ -315,12 +315,6 @@ class Flux(FromComponents, FlowFamily):
 
 
 # -- links of the chain ---------------------------------------------------------------------------------
-
-
-def pack(latents_NCHW: torch.Tensor) -> torch.Tensor:
-    """2x2 patches of latents as tokens of 4C features: NTD."""
-    n, c, h, w = latents_NCHW.shape
-    return latents_NCHW.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, c * 4)
 
 
 def position_ids(

@@ -141,30 +141,6 @@ class OmniGen2Config(FlowConfig):
     diffusers_path: str = _folder(required=True)
 
 
-class QwenImageConfig(FlowConfig):
-    """Qwen-Image and, with control pictures in the dataset, Qwen-Image-Edit."""
-
-    type: Literal["qwen_image"] = "qwen_image"
-    diffusers_path: str | None = _folder()
-    transformer_path: str | None = _transformer()
-    text_encoder_path: str | None = _text_encoder()
-    tokenizer_path: str | None = option(None, "Folder of the tokenizer, if it is not in the diffusers folder.")
-    vae_path: str | None = _vae()
-
-    @model_validator(mode="after")
-    def _whole(self) -> QwenImageConfig:
-        parts = [key for key in ("transformer_path", "text_encoder_path", "vae_path") if not getattr(self, key)]
-        if parts and not self.diffusers_path:
-            raise ValueError(f"model.{parts[0]}: required where diffusers_path is left out")
-        return self
-
-
-class QwenImage2511Config(QwenImageConfig):
-    """Qwen-Image-Edit-2511."""
-
-    type: Literal["qwen2511"] = "qwen2511"  # type: ignore[assignment]
-
-
 class HunyuanImageConfig(FlowConfig):
     """HunyuanImage 2.1."""
 

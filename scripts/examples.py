@@ -93,6 +93,19 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "vae": "/data/ComfyUI/models/vae/flux2-vae.safetensors",
                 "text_encoders": [{"path": "/data/ComfyUI/models/text_encoders/qwen_3_4b.safetensors",
                                    "type": "flux2"}], "dtype": "bfloat16", "shift": 3.0})),
+    "qwen_image_lora.toml": (
+        "A LoRA for Qwen-Image from the single files that ComfyUI has: weights in float8, text encoder too",
+        _train({"type": "qwen_image",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/qwen_image_bf16.safetensors",
+                "text_encoder_path": "/data/ComfyUI/models/text_encoders/qwen_2.5_vl_7b.safetensors",
+                "vae_path": "/data/ComfyUI/models/vae/qwen_image_vae.safetensors", "dtype": "bfloat16",
+                "transformer_dtype": "float8", "text_encoder_dtype": "float8", "shift": 2.0},
+               activation_checkpointing=True)),
+    "qwen_image_edit_lora.toml": (
+        "A LoRA for Qwen-Image-Edit-2511, from an edit dataset",
+        _train({"type": "qwen2511", "diffusers_path": "/data/models/Qwen-Image-Edit-2511", "dtype": "bfloat16",
+                "transformer_dtype": "float8", "shift": 2.0}, activation_checkpointing=True,
+               dataset="/data/dataset_edit.toml")),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

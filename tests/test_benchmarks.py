@@ -12,6 +12,7 @@ SLOW = (
     "chroma",
     "flux2-klein-4b",
     "lumina2",
+    "qwen-image",
     "sd3.5-medium",
     "sdxl",
     "z-image",

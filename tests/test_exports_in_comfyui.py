@@ -24,6 +24,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -37,6 +38,7 @@ from diffusion_trainer.models.flux2 import Flux2, tokens_of
 from diffusion_trainer.models.lumina2 import Lumina2
 from diffusion_trainer.models.lumina2_attention import fuse_attention
 from diffusion_trainer.models.mistral import miniature_tekken
+from diffusion_trainer.models.qwen_image import QwenImage, QwenImage2511
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -78,6 +80,7 @@ SHORT_CAPTION = "a photo of a red cat and a dog "
 CAPTION = SHORT_CAPTION * 12
 """Of two pieces, in words of one token."""
 TEXT_LAYERS = 3
+MODEL_FILE = Path(os.environ.get("COMFYUI_DIR", ""), "comfy/ldm/qwen_image/model.py")
 COMPLAINTS = r"not loaded|missing|unexpected|left ?over|mismatch|no match|error"
 """What ComfyUI logs of tensors that it does not know or lacks."""
 
@@ -317,6 +320,35 @@ def test_z_image(tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
     found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
     assert_same({name: patches(value) for name, value in found.items()}, expected)
+
+
+# -- Qwen-Image -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["", "edit", "2511"])
+def test_qwen_image(variant, tmp_path):
+    """ComfyUI takes heads of 128 features for granted, and 24 of them unless told."""
+    if variant == "2511" and "index_timestep_zero" not in MODEL_FILE.read_text("utf-8"):
+        pytest.skip("this ComfyUI has no Qwen-Image-Edit-2511")
+    torch.manual_seed(0)
+    denoiser = QwenImageTransformer2DModel(
+        num_layers=2, num_attention_heads=2, joint_attention_dim=64, zero_cond_t=variant == "2511")  # fmt: skip
+    kind = QwenImage2511 if variant == "2511" else QwenImage
+    denoiser.save_pretrained(tmp_path / "diffusers/transformer")
+    table = {"type": "qwen2511" if variant == "2511" else "qwen_image", "dtype": "float32"}
+    family = kind(validate(kind.Config, {**table, "diffusers_path": str(tmp_path / "diffusers")}))
+    weights = dict(denoiser.named_parameters())
+    tensors = {**family.other_tensors(weights), **family.comfyui_tensors(weights)}
+    save_file({name: value.detach() for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 1, 8, 12), "timestep": torch.tensor([0.6125])}
+    inputs["context"] = torch.randn(1, 20, 64)
+    values = *inputs.values(), torch.ones(1, 1, dtype=torch.uint8)
+    if variant:
+        inputs["ref_latents"] = torch.randn(1, 16, 1, 8, 12)
+        values = *values, inputs["ref_latents"]
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
+    found = answers(tmp_path, inputs, widths={"num_attention_heads": 2, "joint_attention_dim": 64})
+    assert_same({name: pack(value.squeeze(2)) for name, value in found.items()}, expected)
 
 
 # -- Lumina Image 2 ---------------------------------------------------------------------------------------

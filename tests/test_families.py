@@ -115,11 +115,26 @@ def flux2_forward(denoiser, x_t, t, text, guidance):
     )[0]
 
 
+def qwen_image_forward(denoiser, x_t, told, text, seen):
+    from diffusion_trainer.models.flow import pack
+
+    return denoiser(
+        pack(x_t.squeeze(2)),
+        text,
+        seen if seen.shape[1] > 1 else None,
+        told,
+        [[(1, x_t.shape[3] // 2, x_t.shape[4] // 2)]] * len(x_t),
+        return_dict=False,
+    )[0]
+
+
 FORWARD = {
     "chroma": chroma_forward,
     "flux": flux_forward,
     "flux2": flux2_forward,
     "lumina_2": lumina_2_forward,
+    "qwen2511": qwen_image_forward,
+    "qwen_image": qwen_image_forward,
     "sd3": sd3_forward,
     "sdxl": sdxl_forward,
     "wan": wan_forward,
@@ -174,11 +189,20 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
+def qwen_image_prompted(pipeline, prompt, generator, images):
+    return pipeline(
+        prompt, negative_prompt="", height=32, width=64, num_inference_steps=2, true_cfg_scale=4.0,
+        max_sequence_length=64, generator=generator,
+    ).images  # fmt: skip
+
+
 PROMPTED = {
     "chroma": flux_prompted,
     "flux": flux_prompted,
     "flux2": z_image_prompted,
     "lumina_2": lumina_2_prompted,
+    "qwen2511": qwen_image_prompted,
+    "qwen_image": qwen_image_prompted,
     "sd3": flux_prompted,
     "sdxl": sdxl_prompted,
     "wan": wan_prompted,

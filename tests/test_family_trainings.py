@@ -11,6 +11,7 @@ PREFIXES = {
     "chroma": "transformer.",
     "flux2": "transformer.",
     "lumina_2": "diffusion_model.",
+    "qwen_image": "diffusion_model.",
     "sd3": "transformer.",
     "z_image": "diffusion_model.",
 }

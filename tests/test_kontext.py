@@ -178,8 +178,8 @@ def test_a_step_never_mixes_samples_with_and_without_controls():
 class EditBench(Bench):
     """Pictures, those to start from (mirrored and inverted), and pictures without any to start from."""
 
-    def __init__(self, root: Path, family: str = "flux") -> None:
-        super().__init__(root, family)
+    def __init__(self, root: Path, family: str = "flux", **variant: Any) -> None:
+        super().__init__(root, family, **variant)
         self.before = root / "before"
         self.before.mkdir()
         for file in sorted(self.pictures.glob("*.png")):

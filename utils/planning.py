@@ -94,9 +94,7 @@ class _Planner:
             counts = [len(directory.controls) for directory in self.dataset.directory]
             lists = [Path(directory.path).expanduser() / EDIT_LIST for directory in self.dataset.directory]
             count = max([*counts, int(any(file.is_file() for file in lists))])
-        example = self.family.blank_example(*self.size)
-        example.controls = (example.media,) * min(self.family.max_controls, count)
-        return example
+        return self.family.with_controls(self.family.blank_example(*self.size), count)
 
     def footprints(self, blocks_to_swap: int) -> list[Footprint]:
         """Of each stage."""
@@ -153,8 +151,7 @@ class _Planner:
         """Bytes on a GPU while samples are drawn."""
         s, family = self.settings, self.family
         width, height, frames = size_of(s.sample, family)
-        example = family.blank_example(width, height, frames)
-        example.controls = (example.media,) * min(family.max_controls, len(s.sample.images[:1]))
+        example = family.with_controls(family.blank_example(width, height, frames), len(s.sample.images[:1]))
         batch = family.collate([example])
         pipeline = family.pipeline(self.denoiser, META, text_encoders=False)
         parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
