@@ -512,6 +512,24 @@ def test_a_scaled_float8_text_encoder_is_read(folder, files):
     torch.testing.assert_close(ours, theirs, atol=0.2, rtol=0.2)
 
 
+@pytest.mark.parametrize("storage", ["float8", "int8", "nf4"])
+def test_a_text_encoder_in_few_bits_sees_in_full_precision(folders, storage):
+    family = qwen_image(folders["EditPlus"], text_encoder_dtype=storage)
+    encoder, whole = (f.load_text_encoder("qwen", CPU) for f in (family, qwen_image(folders["EditPlus"])))
+    kinds = {
+        part: {type(module).__name__ for module in model.modules() if isinstance(module, torch.nn.Linear)}
+        for part, model in (("visual", encoder.model.visual), ("text", encoder.model.language_model))
+    }
+    assert kinds == {"visual": {"Linear"}, "text": {"StoredLinear"}}
+    ours, theirs = (
+        family.encode_edit("qwen", each, [SHORT], [pictures(1, (60, 90))])["qwen_embeds"][0]
+        for each in (encoder, whole)
+    )
+    assert not torch.equal(ours, theirs)
+    assert (ours - theirs).norm() < 0.2 * theirs.norm()
+    assert family.identity("qwen") != qwen_image(folders["EditPlus"]).identity("qwen")
+
+
 def test_the_file_says_that_it_is_2511(folder, files):
     assert not qwen_image(folder, transformer_path=files["dit"]).build_denoiser().config.zero_cond_t
     assert qwen_image(folder, transformer_path=files["dit-2511"]).build_denoiser().config.zero_cond_t
@@ -579,6 +597,22 @@ def test_lora_moves_the_pipeline_as_in_training(folder, tmp_path):
     theirs = library_prediction(pipeline.transformer, family, batch)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
     assert (ours - bare).norm() > 0.05 * bare.norm()
+
+
+@pytest.mark.parametrize("kind", ["", "2511"])
+def test_an_exported_model_loads_in_diffusers(folders, kind, tmp_path):
+    family = qwen_image(folders[kind], kind)
+    weights = dict(family.load_denoiser(CPU).named_parameters())
+    exported = {**family.other_tensors(weights), **family.comfyui_tensors(weights)}
+    save_file({name: value.detach().contiguous() for name, value in exported.items()}, tmp_path / "model.safetensors")
+    loaded = diffusers.QwenImageTransformer2DModel.from_single_file(
+        str(tmp_path / "model.safetensors"),
+        config=str(folders[kind]),
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+    )
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
 
 
 def test_an_exported_model_says_what_it_is(folders):
