@@ -26,6 +26,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusion_trainer.models import qwen25_vl
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
@@ -37,8 +38,16 @@ from diffusion_trainer.utils.adapted import Adapted, adapted_layers
 from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import validate
+from diffusion_trainer.utils.weights import Weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -94,12 +103,14 @@ def randomize(layer: Adapted) -> None:
         layer.magnitude *= 1 + 0.2 * torch.randn_like(layer.magnitude)
 
 
-def answers(folder: Path, inputs: dict[str, torch.Tensor], **task: Any) -> dict[str, torch.Tensor]:
+def answers(
+    folder: Path, inputs: dict[str, torch.Tensor], script: str = "comfy_predict.py", **task: Any
+) -> dict[str, torch.Tensor]:
     """What ComfyUI makes of the files in ``folder``, which it must know to the last tensor."""
     save_file({name: value.contiguous() for name, value in inputs.items()}, folder / "inputs.safetensors")
     (folder / "task.json").write_text(json.dumps({"adapters": list(ADAPTERS), **task}))
     done = subprocess.run(
-        [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests/comfy_predict.py"), str(folder)],
+        [os.environ["COMFYUI_PYTHON"], str(ROOT / "tests" / script), str(folder)],
         cwd=os.environ["COMFYUI_DIR"], capture_output=True, text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -243,6 +254,44 @@ def test_qwen_image(variant, tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
     found = answers(tmp_path, inputs, widths={"num_attention_heads": 2, "joint_attention_dim": 64})
     assert_same({name: pack(value.squeeze(2)) for name, value in found.items()}, expected)
+
+
+def test_qwen_image_text_encoder(tmp_path):
+    """Its last hidden states of a text with pictures of two shapes, by the names of ComfyUI's file. ComfyUI takes
+    heads of 128 features for granted, and 0.3.64 leaves a picture's tokens in the order of its windows."""
+    if "reverse_indices" not in Path(os.environ["COMFYUI_DIR"], "comfy/text_encoders/qwen_vl.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI mixes up a picture's tokens")
+    torch.manual_seed(0)
+    vocabulary = qwen25_vl.write_tokenizer(tmp_path / "tokenizer", ["a red cat"])
+    text = {"vocab_size": len(vocabulary), "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    visual = {"hidden_size": 160, "intermediate_size": 48, "num_heads": 2}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": qwen25_vl.rope_parameters(128)},
+        vision_config={**visual, "depth": 8, "out_hidden_size": 256, "fullatt_block_indexes": [7]}))  # fmt: skip
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if "norm" in name or "ln_q" in name else 0.0
+        torch.nn.init.normal_(parameter, mean, 0.2 if parameter.ndim == 1 else 0.05)
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {
+            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value
+            for name, value in model.state_dict().items()
+        },
+        file,
+    )
+    encoder = qwen25_vl.load(
+        Weights(file, "model.text_encoder_path"), tmp_path / "tokenizer", tmp_path, torch.float32, CPU, None
+    )
+    pictures = [Image.effect_noise(size, 80).convert("RGB") for size in ((224, 140), (84, 168))]
+    caption = f"hello {qwen25_vl.PICTURE} and {qwen25_vl.PICTURE} a red cat"
+    expected = qwen25_vl.encode_with_pictures(encoder, caption, pictures)
+    patches_of = encoder.processor(images=pictures, return_tensors="pt")
+    inputs = {"ids": torch.tensor(encoder.tokenizer(caption).input_ids), "pixels": patches_of.pixel_values}
+    inputs |= {"grid": patches_of.image_grid_thw, "token": torch.tensor(vocabulary[qwen25_vl.PICTURE_TOKEN])}
+    sizes = {"text": text, "visual": {**visual, "num_layers": 8}}
+    found = answers(tmp_path, inputs, "comfy_text_encoder.py", **sizes)["states"]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 # -- SDXL -------------------------------------------------------------------------------------------------
