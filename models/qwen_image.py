@@ -8,10 +8,10 @@ of them is dropped. Edit takes one, 2509 and 2511 up to three, with words around
 pictures are modulated as at time 0.
 
 Reference: https://github.com/QwenLM/Qwen-Image, and diffusers' QwenImagePipeline, QwenImageEditPipeline and
-QwenImageEditPlusPipeline, which the layers here equal but for rounding: rotary embedding is in real numbers here. Two
-things differ. Latents are normalised in float32, as in ComfyUI, where the pipelines for edits round in between. The
-language model is told which tokens are pictures (see `qwen25_vl`). Control pictures have the size of what is made; the
-pipelines make them of a megapixel each. The middle of an odd number of patches is where diffusers has it, one patch from
+QwenImageEditPlusPipeline, which the layers here equal but for rounding: rotary embedding is in real numbers here. What
+differs: latents are normalised in float32, as in ComfyUI, where the pipelines for edits round in between; the language
+model is told which tokens are pictures (see `qwen25_vl`); control pictures have the size of what is made, where the
+pipelines make them of a megapixel each. An odd number of patches has its middle where diffusers has it, one patch from
 where ComfyUI has it. Licence of the weights: Apache-2.0.
 
 Shape legend: N batch, C latent channels, F frames (1), H W height and width of the latents, T tokens of the picture
