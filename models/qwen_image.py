@@ -8,10 +8,11 @@ of them is dropped. Edit takes one, 2509 and 2511 up to three, with words around
 pictures are modulated as at time 0.
 
 Reference: https://github.com/QwenLM/Qwen-Image, and diffusers' QwenImagePipeline, QwenImageEditPipeline and
-QwenImageEditPlusPipeline, which the layers here equal but for rounding: rotary embedding is in real numbers here. Two
-things differ. Latents are normalised in float32, as in ComfyUI, where the pipelines for edits round in between. The
-language model is told which tokens are pictures (see `qwen25_vl`). Control pictures have the size of what is made; the
-pipelines make them of a megapixel each. Licence of the weights: Apache-2.0.
+QwenImageEditPlusPipeline, which the layers here equal but for rounding: rotary embedding is in real numbers here. What
+differs: latents are normalised in float32, as in ComfyUI, where the pipelines for edits round in between; the language
+model is told which tokens are pictures (see `qwen25_vl`); control pictures have the size of what is made, where the
+pipelines make them of a megapixel each. An odd number of patches has its middle where diffusers has it, one patch from
+where ComfyUI has it. Licence of the weights: Apache-2.0.
 
 Shape legend: N batch, C latent channels, F frames (1), H W height and width of the latents, T tokens of the picture
 (H/2 * W/2) and of control pictures, L caption tokens, K features of a patch (4C), D features.
@@ -68,7 +69,7 @@ SHOWN, SHOWN_PLUS = 1024 * 1024, 384 * 384
 """Pixels at which the language model looks at a control picture: of Edit, and of 2509 and 2511."""
 TIME_ZERO = "__index_timestep_zero__"
 """A tensor without elements by which ComfyUI knows a file of 2511."""
-HELD_OUT = ("time_text_embed.addition_t_embedding.weight",)
+LAYERED = ("time_text_embed.addition_t_embedding.weight",)
 """Of Qwen-Image-Layered, which draws several pictures at once."""
 
 
@@ -113,7 +114,7 @@ COMPONENTS = {
     "transformer": Component(
         "a Qwen-Image transformer, such as qwen_image_bf16.safetensors", "transformer_path", "transformer",
         "QwenImageTransformer2DModel", ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
-        ("model.diffusion_model.", "diffusion_model."), HELD_OUT),
+        ("model.diffusion_model.", "diffusion_model."), LAYERED),
     "vae": Component(VAE_FILES.title, "vae_path", "vae", "AutoencoderKLQwenImage", (), ()),
     "qwen": Component(
         qwen25_vl.FILES.title, "text_encoder_path", "text_encoder", "Qwen2_5_VL", (), (), (), "tokenizer_path",

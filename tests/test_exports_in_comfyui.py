@@ -30,7 +30,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from diffusion_trainer.models import autoencoder, flux2_vae
+from diffusion_trainer.models import autoencoder, flux2_vae, qwen25_vl
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
@@ -48,6 +48,7 @@ from diffusion_trainer.utils.adapter_settings import Loha, Lokr, Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import validate
 from diffusion_trainer.utils.weights import Weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
@@ -55,6 +56,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -349,6 +352,44 @@ def test_qwen_image(variant, tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
     found = answers(tmp_path, inputs, widths={"num_attention_heads": 2, "joint_attention_dim": 64})
     assert_same({name: pack(value.squeeze(2)) for name, value in found.items()}, expected)
+
+
+def test_qwen_image_text_encoder(tmp_path):
+    """Its last hidden states of a text with pictures of two shapes, by the names of ComfyUI's file. ComfyUI takes
+    heads of 128 features for granted, and 0.3.64 leaves a picture's tokens in the order of its windows."""
+    if "reverse_indices" not in Path(os.environ["COMFYUI_DIR"], "comfy/text_encoders/qwen_vl.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI mixes up a picture's tokens")
+    torch.manual_seed(0)
+    vocabulary = qwen25_vl.write_tokenizer(tmp_path / "tokenizer", ["a red cat"])
+    text = {"vocab_size": len(vocabulary), "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    visual = {"hidden_size": 160, "intermediate_size": 48, "num_heads": 2}
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": qwen25_vl.rope_parameters(128)},
+        vision_config={**visual, "depth": 8, "out_hidden_size": 256, "fullatt_block_indexes": [7]}))  # fmt: skip
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if "norm" in name or "ln_q" in name else 0.0
+        torch.nn.init.normal_(parameter, mean, 0.2 if parameter.ndim == 1 else 0.05)
+    file = tmp_path / "model.safetensors"
+    save_file(
+        {
+            name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): value
+            for name, value in model.state_dict().items()
+        },
+        file,
+    )
+    encoder = qwen25_vl.load(
+        Weights(file, "model.text_encoder_path"), tmp_path / "tokenizer", tmp_path, torch.float32, CPU, None
+    )
+    pictures = [Image.effect_noise(size, 80).convert("RGB") for size in ((224, 140), (84, 168))]
+    caption = f"hello {qwen25_vl.PICTURE} and {qwen25_vl.PICTURE} a red cat"
+    expected = qwen25_vl.encode_with_pictures(encoder, caption, pictures)
+    patches_of = encoder.processor(images=pictures, return_tensors="pt")
+    inputs = {"ids": torch.tensor(encoder.tokenizer(caption).input_ids), "pixels": patches_of.pixel_values}
+    inputs |= {"grid": patches_of.image_grid_thw, "token": torch.tensor(vocabulary[qwen25_vl.PICTURE_TOKEN])}
+    sizes = {"text": text, "visual": {**visual, "num_layers": 8}}
+    found = answers(tmp_path, inputs, "comfy_text_encoder.py", **sizes)["states"]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 # -- Lumina Image 2 ---------------------------------------------------------------------------------------
