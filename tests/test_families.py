@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cosmos_stand_ins  # noqa: F401
 import pytest
 import torch
 from diffusion_trainer.models import families
@@ -55,6 +56,15 @@ def chroma_forward(denoiser, x_t, t, text, mask):
     )[0]
 
 
+def cosmos_forward(denoiser, x_t, told, text):
+    """Of diffusers' class, which the denoiser's own forward stands in for."""
+    from diffusers import CosmosTransformer3DModel
+
+    return CosmosTransformer3DModel.forward(
+        denoiser, x_t[:, :, None], told, text, padding_mask=torch.zeros(1, 1, 32, 64).to(x_t), return_dict=False
+    )[0][:, :, 0]
+
+
 def sd3_forward(denoiser, x_t, told, text, pooled):
     return denoiser(x_t, text, pooled, told, return_dict=False)[0]
 
@@ -94,7 +104,7 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
+FORWARD = {"chroma": chroma_forward, "cosmos_predict2": cosmos_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
            "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
@@ -135,7 +145,7 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
+PROMPTED = {"chroma": flux_prompted, "cosmos_predict2": sdxl_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
             "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
