@@ -118,7 +118,7 @@ class CosmosPredict2Config(FlowConfig):
 
     @model_validator(mode="after")
     def _encoder(self) -> CosmosPredict2Config:
-        if self.t5_path and self.llm_path or not (self.t5_path or self.llm_path or self.diffusers_path):
+        if (self.t5_path and self.llm_path) or not (self.t5_path or self.llm_path or self.diffusers_path):
             raise ValueError("model.t5_path: give this or llm_path, one of the two")
         if self.text_encoder_nf4 and self.text_encoder_fp8:
             raise ValueError("model.text_encoder_nf4: give this or text_encoder_fp8, one of the two")
@@ -169,8 +169,8 @@ class CosmosPredict2(FromComponents, FlowFamily):
                 'for Anima type = "anima"'
             )
         parts = {name: self._weights(name) for name in self.components}
-        self._tokenizer_folder("t5")
         self._check_network()
+        self._tokenizer_folder("t5")
         widths = {"vae": (self._vae_channels, self._network["in_channels"])}
         self._check_widths(parts, widths | {"t5": (width_of(parts["t5"]), self._network["text_embed_dim"])})
 
@@ -294,12 +294,14 @@ class CosmosPredict2(FromComponents, FlowFamily):
 
     # -- results ------------------------------------------------------------------------------------
 
-    def check_samples(self) -> None:
-        if not import_utils.is_cosmos_guardrail_available():
-            raise SettingsError(
-                "sample: diffusers draws with Cosmos-Predict2 only beside NVIDIA's guardrail, as the model's licence "
-                "asks; install the package cosmos_guardrail, or leave sample.prompts out"
-            )
+    @property
+    def missing_for_samples(self) -> str:
+        if import_utils.is_cosmos_guardrail_available():
+            return ""
+        return (
+            "diffusers draws with Cosmos-Predict2 only beside NVIDIA's guardrail, as the model's licence asks; install "
+            "the package cosmos_guardrail, or leave sample.prompts out"
+        )
 
     def lora_keys(self, module_name: str) -> str:
         return f"diffusion_model.{original_name(module_name)}"
@@ -469,7 +471,8 @@ def miniature_vae() -> Any:
 
 def _miniature_parts(vocabulary: int) -> dict[str, Any]:
     t5 = transformers.T5Config(
-        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="relu")  # fmt: skip
+        vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="relu")  # fmt: skip
     models: dict[str, Any] = {
         "transformer": miniature_network(32),
         "vae": miniature_vae(),

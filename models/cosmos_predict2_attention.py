@@ -16,6 +16,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 Angles = tuple[Tensor, Tensor]
+LONGEST = 1024
+"""Tokens along a side whose angles are known: more than diffusers', as ComfyUI has no limit."""
 
 
 class CosmosAttention:
@@ -77,6 +79,7 @@ class CosmosNetwork(diffusers.CosmosTransformer3DModel):
 def make_network(config: Mapping[str, Any]) -> CosmosNetwork:
     """A network with attention as above."""
     network: CosmosNetwork = CosmosNetwork.from_config(config)
+    network.rope.max_size = [LONGEST] * 3
     for module in network.modules():
         if isinstance(module, Attention):
             module.set_processor(CosmosAttention())

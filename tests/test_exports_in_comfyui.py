@@ -20,6 +20,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
+    CosmosTransformer3DModel,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -29,6 +30,7 @@ from diffusers import (
 from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
+from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
@@ -191,6 +193,27 @@ def test_chroma(tmp_path):
     widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
     found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- Cosmos-Predict2 --------------------------------------------------------------------------------------
+
+
+def test_cosmos_predict2(tmp_path):
+    """ComfyUI knows the heads of the two published widths alone."""
+    torch.manual_seed(0)
+    denoiser = CosmosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, num_layers=2, text_embed_dim=64, rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None)  # fmt: skip
+    family = CosmosPredict2(
+        validate(CosmosPredict2.Config, {"type": "cosmos_predict2", "dtype": "float32", "diffusers_path": "/none"})
+    )
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    found = answers(
+        tmp_path, inputs | {"x": inputs["x"][:, :, None]}, widths={"num_heads": 2, "crossattn_emb_channels": 64}
+    )
+    assert_same({name: value[:, :, 0] for name, value in found.items()}, expected)
 
 
 # -- Z-Image ----------------------------------------------------------------------------------------------

@@ -104,8 +104,8 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "cosmos_predict2": cosmos_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
-           "z_image": z_image_forward}  # fmt: skip
+FORWARD = {"chroma": chroma_forward, "cosmos_predict2": cosmos_forward, "flux": flux_forward, "sd3": sd3_forward,
+           "sdxl": sdxl_forward, "wan": wan_forward, "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -145,8 +145,8 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "cosmos_predict2": sdxl_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
-            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"chroma": flux_prompted, "cosmos_predict2": sdxl_prompted, "flux": flux_prompted, "sd3": flux_prompted,
+            "sdxl": sdxl_prompted, "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
