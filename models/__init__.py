@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "cosmos_predict2_attention", "flow", "flux_attention", "planned", "sd3_attention",
-                "z_image_attention")  # fmt: skip
+_NO_FAMILIES = ("__init__", "base", "cosmos_predict2_attention", "flow", "flux_attention", "planned", "qwen3",
+                "sd3_attention", "z_image_attention")  # fmt: skip
 """Not looked into for families; what is called attention needs torch, which would slow down the start of ComfyUI."""
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 

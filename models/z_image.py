@@ -25,22 +25,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
-from ..utils.weights import Weights, build, fill
+from ..utils.weights import Weights, build
 from . import autoencoder
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
 from .components import FLUX_VAE, Component, FromComponents, TextEncoder
 from .files import fingerprint, read_json, write_json
 from .flow import FlowFamily
 from .from_comfyui import FromComfyUI
+from .qwen3 import QWEN3_4B, load_qwen, qwen_width, write_qwen_tokenizer
 
 if TYPE_CHECKING:
     import diffusers
-    import tokenizers
     import torch
     import transformers
     from torch import nn
 else:
-    diffusers, tokenizers, torch, transformers = map(lazy, ("diffusers", "tokenizers", "torch", "transformers"))
+    diffusers, torch, transformers = map(lazy, ("diffusers", "torch", "transformers"))
     nn = lazy("torch.nn")
 
 SCHEDULE: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": False}
@@ -76,11 +76,7 @@ COMPONENTS = {
         "ZImageTransformer2DModel", ("noise_refiner.0.attention.qkv.weight", "cap_pad_token"),
         ("model.diffusion_model.", "diffusion_model.")),
     "vae": replace(FLUX_VAE, option="vae"),
-    "qwen": Component(
-        "Qwen3 4B, such as qwen_3_4b.safetensors", "text_encoders", "text_encoder", "Qwen3",
-        ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"),
-        ("text_encoders.qwen3_4b.transformer.",), (), "tokenizer_path", "tokenizer",
-        "comfy/text_encoders/qwen25_tokenizer"),
+    "qwen": QWEN3_4B,
 }  # fmt: skip
 
 
@@ -125,7 +121,7 @@ class ZImage(FromComponents, FlowFamily):
             parts,
             {
                 "vae": (parts["vae"].shape("decoder.conv_in.weight")[1], shape("all_x_embedder.2-1.weight")[1] // 4),
-                "qwen": (_qwen_width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
+                "qwen": (qwen_width(parts["qwen"]), shape("cap_embedder.1.weight")[1]),
             },
         )
 
@@ -151,13 +147,8 @@ class ZImage(FromComponents, FlowFamily):
         return autoencoder.encode(vae, pixels_NCFHW, generators, self.dtype)
 
     def load_text_encoder(self, name: str, device: torch.device) -> TextEncoder:
-        weights = self._weights(name)
-        settings = read_json(weights.path / "config.json") if weights.path.is_dir() else qwen_config(weights)
-        model = build(lambda: transformers.Qwen3Model(transformers.Qwen3Config(**settings)))
-        fill(model, lambda tensor: weights.read(_qwen_name(tensor, weights)), self.dtype, device,
-             storage=self.text_storage())  # fmt: skip
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self._tokenizer_folder(name))
-        return TextEncoder(tokenizer, model.eval())
+        folder = self._tokenizer_folder(name)
+        return load_qwen(self._weights(name), folder, self.dtype, device, self.text_storage())
 
     def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> Encodings:
         tokens = encoder.tokenizer(
@@ -257,7 +248,7 @@ class ZImage(FromComponents, FlowFamily):
 
     @classmethod
     def write_miniature(cls, folder: Path) -> dict[str, Any]:
-        vocabulary = _write_tokenizer(folder / "tokenizer")
+        vocabulary = write_qwen_tokenizer(folder / "tokenizer")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             parts = _miniature_parts(vocabulary)
@@ -419,34 +410,6 @@ def transformer_config(weights: Weights) -> dict[str, Any]:
     }
 
 
-def qwen_config(weights: Weights) -> dict[str, Any]:
-    """Arguments of Qwen3Config for a single file, from names and shapes."""
-    vocabulary, width = weights.shape("model.embed_tokens.weight")
-    layer = "model.layers.0"
-    head_dim = weights.shape(f"{layer}.self_attn.q_norm.weight")[0]
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": weights.shape(f"{layer}.mlp.gate_proj.weight")[0],
-        "num_hidden_layers": weights.count("model.layers."),
-        "num_attention_heads": weights.shape(f"{layer}.self_attn.q_proj.weight")[0] // head_dim,
-        "num_key_value_heads": weights.shape(f"{layer}.self_attn.k_proj.weight")[0] // head_dim,
-        "head_dim": head_dim,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
-
-
-def _qwen_name(name: str, weights: Weights) -> str:
-    """Files hold the language model with or without what says its next word."""
-    return name if name in weights else f"model.{name}"
-
-
-def _qwen_width(weights: Weights) -> int:
-    return weights.shape(_qwen_name("embed_tokens.weight", weights))[1]
-
-
 # -- miniature --------------------------------------------------------------------------------------------
 
 
@@ -468,21 +431,3 @@ def _miniature_parts(vocabulary: int) -> dict[str, Any]:
         **{name: model.to(torch.bfloat16) for name, model in models.items()},
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**SCHEDULE),
     }
-
-
-def _write_tokenizer(folder: Path) -> int:
-    """Bytes as tokens, and Qwen's special ones; returns the size of its vocabulary."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    model = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
