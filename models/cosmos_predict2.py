@@ -276,9 +276,12 @@ class CosmosPredict2(FromComponents, FlowFamily):
             each = torch.full_like(target[:1], self.config.multiscale_loss_weight / (1 - share))
             each[:, : velocity_NCHW[0].numel()] = 1 / share
             weight = weight.flatten(1) * each
-        # The network is told the time as the pipeline rounds it
-        told_N = t_N.to(self.dtype).float()
-        return Batch((x_t_NCHW.to(self.dtype), told_N, *self._text_inputs(examples)), target, weight)
+        inputs = x_t_NCHW.to(self.dtype), self._told(t_N), *self._text_inputs(examples)
+        return Batch(inputs, target, weight)
+
+    def _told(self, t_N: torch.Tensor) -> torch.Tensor:
+        """The time as the pipeline rounds it, before the network is told it."""
+        return t_N.to(self.dtype).float()
 
     def _text_inputs(self, examples: Sequence[Example]) -> tuple[torch.Tensor, ...]:
         return (padded([example.text["t5_embeds"].to(self.dtype) for example in examples]),)

@@ -12,7 +12,6 @@ from pydantic import model_validator
 
 from ..utils.config import option
 from .base import ModelConfig, StorageDtype
-from .cosmos_predict2 import CosmosPredict2Config
 from .flow import SHIFT_BY_SIZE, FlowConfig
 from .from_comfyui import FromComfyUI
 
@@ -97,12 +96,6 @@ class HiDreamConfig(FlowConfig):
     llama3_path: str = _file("Folder of Llama 3.1 8B Instruct.", "text_encoders", required=True)
     llama3_4bit: bool = option(True, "Hold Llama in 4 bits.")
     max_llama3_sequence_length: int = option(128, "Llama tokens per caption.", ge=32, le=2048, step=1)
-
-
-class AnimaConfig(CosmosPredict2Config):
-    """Anima, made from Cosmos-Predict2."""
-
-    type: Literal["anima"] = "anima"  # type: ignore[assignment]
 
 
 class OmniGen2Config(FlowConfig):

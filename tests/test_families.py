@@ -65,6 +65,12 @@ def cosmos_forward(denoiser, x_t, told, text):
     )[0][:, :, 0]
 
 
+def anima_forward(denoiser, x_t, told, ids, seen, qwen, read):
+    """Through diffusers' adapter, with all of the masks, and as above."""
+    masks = [mask.expand(values.shape[:2]) for mask, values in ((seen, ids), (read, qwen))]
+    return cosmos_forward(denoiser, x_t, told, denoiser.llm_adapter(qwen, ids, *masks))
+
+
 def sd3_forward(denoiser, x_t, told, text, pooled):
     return denoiser(x_t, text, pooled, told, return_dict=False)[0]
 
@@ -104,8 +110,9 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "cosmos_predict2": cosmos_forward, "flux": flux_forward, "sd3": sd3_forward,
-           "sdxl": sdxl_forward, "wan": wan_forward, "z_image": z_image_forward}  # fmt: skip
+FORWARD = {"anima": anima_forward, "chroma": chroma_forward, "cosmos_predict2": cosmos_forward,
+           "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
+           "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -114,6 +121,23 @@ def flux_prompted(pipeline, prompt, generator, images):
         prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=32,
         generator=generator,
     ).images  # fmt: skip
+
+
+def anima_prompted(pipeline, prompt, generator, images):
+    """An empty caption is Qwen3's padding token, unlike there."""
+    own, t5 = pipeline.tokenizer, pipeline.t5_tokenizer
+    arguments = {}
+    for prefix, text in (("", prompt), ("negative_", "")):
+        ids = torch.tensor([own(text).input_ids or [own.pad_token_id]])
+        arguments[f"{prefix}qwen_prompt_embeds"] = pipeline.text_encoder(ids).last_hidden_state.detach()
+        arguments[f"{prefix}qwen_attention_mask"] = torch.ones_like(ids)
+        tokens = t5([text], return_tensors="pt")
+        arguments[f"{prefix}t5_input_ids"] = tokens.input_ids
+        arguments[f"{prefix}t5_attention_mask"] = tokens.attention_mask
+    pipeline._blocks.sub_blocks.pop("text_encoder")
+    return pipeline(
+        **arguments, height=32, width=64, num_inference_steps=2, generator=generator, output="images"
+    )  # fmt: skip
 
 
 def sdxl_prompted(pipeline, prompt, generator, images):
@@ -145,8 +169,9 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "cosmos_predict2": sdxl_prompted, "flux": flux_prompted, "sd3": flux_prompted,
-            "sdxl": sdxl_prompted, "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"anima": anima_prompted, "chroma": flux_prompted, "cosmos_predict2": sdxl_prompted,
+            "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted,
+            "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
