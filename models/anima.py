@@ -22,8 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
-
 from ..utils.config import option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build
@@ -32,12 +30,15 @@ from .captions import side_by_side
 from .components import OLD_T5_XXL, Component, TextEncoder
 from .cosmos_predict2 import (
     COMPONENTS,
+    FOLDER,
+    T5_TOKENIZER,
     TEXT_LENGTH,
     CosmosPredict2,
-    CosmosPredict2Config,
+    Predict2Config,
     chain,
     miniature_network,
     miniature_vae,
+    rate_option,
 )
 from .files import fingerprint, read_json, write_json
 from .qwen3 import load_qwen, qwen_width, write_qwen_tokenizer
@@ -57,23 +58,32 @@ USUAL_LENGTH = 128
 """Tokens of a caption, for estimates."""
 
 
-class AnimaConfig(CosmosPredict2Config):
+class AnimaConfig(Predict2Config):
     """Anima, from single files as ComfyUI has them, from a diffusers folder, or from both."""
 
-    type: Literal["anima"] = "anima"  # type: ignore[assignment]
+    unused: ClassVar = {**Predict2Config.unused, "t5_path": "Anima has no T5, only its tokenizer"}
+
+    type: Literal["anima"] = "anima"
+    llm_path: str | None = option(
+        None,
+        "Qwen3 0.6B as a single file, such as qwen_3_06b_base.safetensors, or its folder.",
+        picker="text_encoders",
+    )
+    llm_adapter_path: str | None = option(
+        None,
+        "Adapter between language model and transformer, if it is not in the transformer's file.",
+        picker="diffusion_models",
+    )
+    llm_adapter_lr: float | None = rate_option("the language model's adapter")
+    diffusers_path: str | None = option(None, FOLDER, picker="diffusers")
+    t5_tokenizer_path: str | None = option(None, T5_TOKENIZER, advanced=True)
     llm_tokenizer_path: str | None = option(
         None, "Folder of Qwen3's tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True
     )
 
-    @model_validator(mode="after")
-    def _reads_with_qwen(self) -> AnimaConfig:
-        if self.t5_path:
-            raise ValueError("model.t5_path: Anima has no T5, only its tokenizer; give llm_path in its place")
-        return self
 
-
-ANIMA = "an Anima transformer, such as anima_baseV10.safetensors"
-T5_TOKENIZER = replace(OLD_T5_XXL, tokenizer_folder="t5_tokenizer")
+ANIMA = "an Anima transformer as ComfyUI has it"
+TOKENS = replace(OLD_T5_XXL, tokenizer_folder="t5_tokenizer")
 QWEN3_06B = Component(
     "Qwen3 0.6B, such as qwen_3_06b_base.safetensors", "llm_path", "text_encoder", "Qwen3",
     ("model.layers.0.self_attn.q_norm.weight", "model.embed_tokens.weight"),
@@ -90,7 +100,7 @@ class Anima(CosmosPredict2):
     """Anima in the hands of the trainer."""
 
     title = "Anima"
-    Config = AnimaConfig
+    Config = AnimaConfig  # type: ignore[assignment]
     config: AnimaConfig
     components: ClassVar[Mapping[str, Component]] = {
         "transformer": replace(COMPONENTS["transformer"], title=ANIMA, foreign=()),
@@ -124,7 +134,7 @@ class Anima(CosmosPredict2):
         self._check_widths(parts, widths)
 
     def _component(self, name: str) -> Component:
-        return T5_TOKENIZER if name == "t5" else super()._component(name)
+        return TOKENS if name == "t5" else super()._component(name)
 
     def _given(self, name: str) -> tuple[str | None, str]:
         """The adapter is in the transformer's file unless one is named for it."""

@@ -54,7 +54,12 @@ LARGE = (0.9 * 1024 / 8) ** 2
 """Latents (height times width) of pictures from which on the loss at half the size counts."""
 
 
-def _rate(what: str) -> Any:
+FOLDER = "Folder of the whole model in diffusers layout. What a path above names is taken from there instead."
+T5_TOKENIZER = "Folder of the T5 tokenizer, if it is in neither the diffusers folder nor ComfyUI."
+
+
+def rate_option(what: str) -> Any:
+    """Declares the learning rate of a group of parameters."""
     return option(
         None,
         f"Learning rate of {what}; 0 freezes it. Left out: that of the optimizer.",
@@ -66,26 +71,14 @@ def _rate(what: str) -> Any:
     )
 
 
-class CosmosPredict2Config(FlowConfig):
-    """Cosmos-Predict2, text to image, from single files as ComfyUI has them, from a diffusers folder, or from both."""
+class Predict2Config(FlowConfig):
+    """What the ``[model]`` tables of Cosmos-Predict2 and of Anima have."""
 
-    type: Literal["cosmos_predict2"] = "cosmos_predict2"
     transformer_path: str | None = option(
-        None, "Transformer as a single file, such as cosmos_predict2_2B_t2i.safetensors.", picker="diffusion_models"
+        None, "Transformer as a single file, as ComfyUI has it.", picker="diffusion_models"
     )
-    vae_path: str | None = option(None, "VAE as a single file, such as wan_2.1_vae.safetensors.", picker="vae")
-    t5_path: str | None = option(
-        None,
-        "T5-XXL of version 1.0 as a single file, such as oldt5_xxl_fp16.safetensors. Anima has none.",
-        picker="text_encoders",
-    )
-    llm_path: str | None = option(
-        None, "Anima's language model as a single file, such as qwen_3_06b_base.safetensors.", picker="text_encoders"
-    )
-    llm_adapter_path: str | None = option(
-        None,
-        "Anima's adapter between language model and transformer, where it is not in the transformer's file.",
-        picker="diffusion_models",
+    vae_path: str | None = option(
+        None, "VAE as a single file: wan_2.1_vae.safetensors, or qwen_image_vae.safetensors for Anima.", picker="vae"
     )
     cache_text_embeddings: bool = option(
         True,
@@ -102,27 +95,34 @@ class CosmosPredict2Config(FlowConfig):
         step=0.01,
         advanced=True,
     )
-    self_attn_lr: float | None = _rate("self-attention")
-    cross_attn_lr: float | None = _rate("cross-attention")
-    mlp_lr: float | None = _rate("the MLPs")
-    mod_lr: float | None = _rate("the modulation")
-    llm_adapter_lr: float | None = _rate("the language model's adapter")
-    diffusers_path: str | None = option(
-        None,
-        "Folder of the whole model in diffusers layout. What a path above names is taken from there instead.",
-        picker="diffusers",
-    )
-    t5_tokenizer_path: str | None = option(
-        None, "Folder of the T5 tokenizer, if it is in neither the diffusers folder nor ComfyUI.", advanced=True
-    )
+    self_attn_lr: float | None = rate_option("self-attention")
+    cross_attn_lr: float | None = rate_option("cross-attention")
+    mlp_lr: float | None = rate_option("the MLPs")
+    mod_lr: float | None = rate_option("the modulation")
 
     @model_validator(mode="after")
-    def _encoder(self) -> CosmosPredict2Config:
-        if (self.t5_path and self.llm_path) or not (self.t5_path or self.llm_path or self.diffusers_path):
-            raise ValueError("model.t5_path: give this or llm_path, one of the two")
+    def _one_storage(self) -> Predict2Config:
         if self.text_encoder_nf4 and self.text_encoder_fp8:
             raise ValueError("model.text_encoder_nf4: give this or text_encoder_fp8, one of the two")
         return self
+
+
+class CosmosPredict2Config(Predict2Config):
+    """Cosmos-Predict2, text to image, from single files as ComfyUI has them, from a diffusers folder, or from both."""
+
+    unused: ClassVar = {
+        **Predict2Config.unused,
+        "llm_path": "Cosmos-Predict2 reads text with T5; for Anima write type = 'anima'",
+        "llm_adapter_path": "Anima alone has such an adapter; for it write type = 'anima'",
+        "llm_adapter_lr": "Anima alone has such an adapter; for it write type = 'anima'",
+    }
+
+    type: Literal["cosmos_predict2"] = "cosmos_predict2"
+    t5_path: str | None = option(
+        None, "T5-XXL of version 1.0 as a single file, such as oldt5_xxl_fp16.safetensors.", picker="text_encoders"
+    )
+    diffusers_path: str | None = option(None, FOLDER, picker="diffusers")
+    t5_tokenizer_path: str | None = option(None, T5_TOKENIZER, advanced=True)
 
 
 TRANSFORMER = Component(
@@ -142,7 +142,7 @@ class CosmosPredict2(FromComponents, FlowFamily):
 
     title = "Cosmos-Predict2"
     Config = CosmosPredict2Config
-    config: CosmosPredict2Config
+    config: Predict2Config
     components: ClassVar[Mapping[str, Component]] = COMPONENTS
     whole = "a Cosmos-Predict2 Text2Image folder in diffusers layout"
     published = "Cosmos-Predict2-2B-Text2Image"
@@ -162,12 +162,6 @@ class CosmosPredict2(FromComponents, FlowFamily):
     # -- files ------------------------------------------------------------------------------------
 
     def check_files(self) -> None:
-        if self.config.llm_path or self.config.llm_adapter_path:
-            setting = "llm_path" if self.config.llm_path else "llm_adapter_path"
-            raise SettingsError(
-                f"model.{setting}: Cosmos-Predict2 reads text with T5; give {OLD_T5_XXL.title}, in model.t5_path, or "
-                'for Anima type = "anima"'
-            )
         parts = {name: self._weights(name) for name in self.components}
         self._check_network()
         self._tokenizer_folder("t5")
