@@ -38,7 +38,7 @@ class Subject:
     media: Shapes
     text: Shapes
     tokens: Shapes = field(default_factory=dict)
-    """Of captions for text encoders that are trained."""
+    """Of captions, for what is trained of their reading."""
 
 
 def random_weights(denoiser: Any, device: torch.device) -> Callable[[str], torch.Tensor]:
@@ -156,6 +156,49 @@ SD35_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "pos_embed_max_size"
 SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "pos_embed_max_size": 192}
 
 
+def cosmos_predict2(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
+    """Cosmos-Predict2; the shape is that of CosmosTransformer3DModel."""
+    from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
+
+    if size.small:
+        shape = {"num_attention_heads": 2, "num_layers": 2}
+
+    class RandomCosmosPredict2(CosmosPredict2):
+        _network: ClassVar = COSMOS | shape  # type: ignore[assignment]
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("cosmos_predict2", RandomCosmosPredict2, media, {"t5_embeds": (128, 1024)})
+
+
+COSMOS: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128, "text_embed_dim": 1024,
+                          "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None}  # fmt: skip
+COSMOS_2B, COSMOS_14B = ({"num_attention_heads": heads, "num_layers": layers} for heads, layers in ((16, 28), (40, 36)))
+
+
+def anima(size: Size, device: torch.device) -> Subject:
+    """Anima with captions of 128 tokens of either kind."""
+    from diffusion_trainer.models.anima import Anima
+
+    small = {"num_attention_heads": 2, "num_layers": 2}
+
+    class RandomAnima(Anima):
+        _network: ClassVar = COSMOS | (small if size.small else COSMOS_2B)  # type: ignore[assignment]
+        _adapter: ClassVar = {"num_layers": 1, "target_vocab_size": 128} if size.small else {}  # type: ignore[assignment]
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("anima", RandomAnima, media, {"qwen_embeds": (128, 1024)}, {"t5_ids": (128,)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -235,6 +278,9 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "z-image": z_image,
     "sd3.5-medium": partial(sd3, shape=SD35_MEDIUM),
     "sd3.5-large": partial(sd3, shape=SD35_LARGE),
+    "cosmos-predict2-2b": partial(cosmos_predict2, shape=COSMOS_2B),
+    "cosmos-predict2-14b": partial(cosmos_predict2, shape=COSMOS_14B),
+    "anima": anima,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

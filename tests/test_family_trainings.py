@@ -7,8 +7,8 @@ import pytest
 import torch
 from training import Bench, Result
 
-PREFIXES = {"chroma": "transformer.", "cosmos_predict2": "diffusion_model.blocks.", "sd3": "transformer.",
-            "z_image": "diffusion_model."}  # fmt: skip
+PREFIXES = {"anima": "diffusion_model.", "chroma": "transformer.", "cosmos_predict2": "diffusion_model.blocks.",
+            "sd3": "transformer.", "z_image": "diffusion_model."}  # fmt: skip
 """Of the LoRA's keys."""
 
 
