@@ -148,10 +148,13 @@ class CosmosPredict2(FromComponents, FlowFamily):
     published = "Cosmos-Predict2-2B-Text2Image"
     size_multiple = 16
     text_encoders = ("t5",)
-    shared_inputs = (("attn1.to_q", "attn1.to_k", "attn1.to_v"), ("attn2.to_k", "attn2.to_v"))
-    adapter_blocks = ("CosmosTransformerBlock",)
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        ("attn2.to_k", "attn2.to_v"),
+    )
+    adapter_blocks: ClassVar[tuple[str, ...]] = ("CosmosTransformerBlock",)
     says_alpha = False
-    high_precision = ("^patch_embed", "^time_embed", "^norm_out", "^proj_out")
+    high_precision: ClassVar[tuple[str, ...]] = ("^patch_embed", "^time_embed", "^norm_out", "^proj_out")
 
     @property
     def text_dtype(self) -> str | None:
