@@ -82,7 +82,7 @@ class AnimaConfig(Predict2Config):
     )
 
 
-ANIMA = "an Anima transformer as ComfyUI has it"
+ANIMA = "an Anima transformer, such as anima-base-v1.0.safetensors"
 TOKENS = replace(OLD_T5_XXL, tokenizer_folder="t5_tokenizer")
 QWEN3_06B = Component(
     "Qwen3 0.6B, such as qwen_3_06b_base.safetensors", "llm_path", "text_encoder", "Qwen3",

@@ -75,7 +75,9 @@ class Predict2Config(FlowConfig):
     """What the ``[model]`` tables of Cosmos-Predict2 and of Anima have."""
 
     transformer_path: str | None = option(
-        None, "Transformer as a single file, as ComfyUI has it.", picker="diffusion_models"
+        None,
+        "Transformer as a single file, such as cosmos_predict2_2B_t2i.safetensors or anima-base-v1.0.safetensors.",
+        picker="diffusion_models",
     )
     vae_path: str | None = option(
         None, "VAE as a single file: wan_2.1_vae.safetensors, or qwen_image_vae.safetensors for Anima.", picker="vae"

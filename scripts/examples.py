@@ -83,7 +83,8 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "dtype": "bfloat16"})),
     "anima_lora.toml": (
         "A LoRA for Anima from the single files that ComfyUI has; the adapter of its text is left as it is",
-        _train({"type": "anima", "transformer_path": "/data/ComfyUI/models/diffusion_models/anima.safetensors",
+        _train({"type": "anima",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/anima-base-v1.0.safetensors",
                 "vae_path": "/data/ComfyUI/models/vae/qwen_image_vae.safetensors",
                 "llm_path": "/data/ComfyUI/models/text_encoders/qwen_3_06b_base.safetensors",
                 "dtype": "bfloat16", "llm_adapter_lr": 0.0})),

@@ -57,12 +57,20 @@ def chroma_forward(denoiser, x_t, t, text, mask):
 
 
 def cosmos_forward(denoiser, x_t, told, text):
-    """Of diffusers' class, which the denoiser's own forward stands in for."""
+    """Of diffusers' class and with its attention, for which the denoiser has its own."""
     from diffusers import CosmosTransformer3DModel
+    from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 
-    return CosmosTransformer3DModel.forward(
+    attention = [getattr(block, name) for block in denoiser.transformer_blocks for name in ("attn1", "attn2")]
+    own = [module.processor for module in attention]
+    for module in attention:
+        module.set_processor(CosmosAttnProcessor2_0())
+    prediction = CosmosTransformer3DModel.forward(
         denoiser, x_t[:, :, None], told, text, padding_mask=torch.zeros(1, 1, 32, 64).to(x_t), return_dict=False
     )[0][:, :, 0]
+    for module, processor in zip(attention, own, strict=True):
+        module.set_processor(processor)
+    return prediction
 
 
 def anima_forward(denoiser, x_t, told, ids, seen, qwen, read):
