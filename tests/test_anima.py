@@ -8,6 +8,7 @@ from typing import Any
 
 import cosmos_stand_ins  # noqa: F401
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
@@ -20,6 +21,7 @@ from diffusion_trainer.utils.adapter_settings import Lora
 from diffusion_trainer.utils.adapters import export_tensors, inject
 from diffusion_trainer.utils.config import SettingsError, validate
 from diffusion_trainer.utils.weights import Weights
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import Bench
 
@@ -287,7 +289,12 @@ def test_what_it_says_of_wrong_files(options, message, files, tmp_path):
 def test_all_weights_and_samples(tmp_path):
     """What is trained moves, adapter and all, and is what ComfyUI reads."""
     bench = Bench(tmp_path, "anima")
-    result = bench.train(adapter=None, epochs=1, save_every_n_epochs=1, sample={"prompts": ["a dog"], "steps": 2})
+    result = bench.train(
+        adapter=None,
+        epochs=1,
+        save_every_n_epochs=1,
+        sample={"prompts": ["a dog"], "steps": 2, "width": 64, "height": 32},
+    )
     (file,) = result.folder.path.glob("epoch1/*.safetensors")
     family = anima(diffusers_path=bench.model["diffusers_path"])
     start = family.comfyui_tensors(family.load_denoiser(CPU).state_dict())
@@ -300,3 +307,16 @@ def test_all_weights_and_samples(tmp_path):
     state = again.load_denoiser(CPU).state_dict()
     assert torch.equal(state["llm_adapter.out_proj.weight"], trained["net.llm_adapter.out_proj.weight"].float())
     assert list((result.folder.path / "samples").rglob("*.png"))
+
+
+def test_stages_draw_the_same(tmp_path):
+    """The adapter is on another stage than most of the transformer."""
+    bench = Bench(tmp_path, "anima")
+    sample = {"prompts": ["a dog"], "steps": 2, "every_n_epochs": 1, "width": 64, "height": 32}
+    options: dict[str, Any] = {"epochs": 1, "sample": sample}
+    alone, apart = bench.train(**options), bench.launch(2, pipeline_stages=2, timeout=240, **options)
+    pictures = [sorted((result.folder.path / "samples").rglob("*.png")) for result in (alone, apart)]
+    assert [file.name for file in pictures[0]] == [file.name for file in pictures[1]] != []
+    for one, other in zip(*pictures, strict=True):
+        difference = np.asarray(Image.open(one)).astype(int) - np.asarray(Image.open(other))
+        assert abs(difference).max() <= 1

@@ -404,7 +404,12 @@ def test_two_ways_to_hold_the_text_encoder_are_refused(folder):
 def test_all_weights_and_samples(tmp_path):
     """What is trained moves, and is what ComfyUI reads."""
     bench = Bench(tmp_path, "cosmos_predict2")
-    result = bench.train(adapter=None, epochs=1, save_every_n_epochs=1, sample={"prompts": ["a dog"], "steps": 2})
+    result = bench.train(
+        adapter=None,
+        epochs=1,
+        save_every_n_epochs=1,
+        sample={"prompts": ["a dog"], "steps": 2, "width": 64, "height": 32},
+    )
     (file,) = result.folder.path.glob("epoch1/*.safetensors")
     family = cosmos(diffusers_path=bench.model["diffusers_path"])
     start = family.comfyui_tensors(family.load_denoiser(CPU).state_dict())
