@@ -201,7 +201,7 @@ def test_chroma(tmp_path):
 
 
 def test_cosmos_predict2(tmp_path):
-    """ComfyUI knows the heads of the two published widths alone."""
+    """ComfyUI knows the heads of the two published widths alone, and 0.3.64 not other numbers of blocks."""
     torch.manual_seed(0)
     denoiser = CosmosTransformer3DModel(
         num_attention_heads=2, attention_head_dim=128, num_layers=2, text_embed_dim=64, rope_scale=(1.0, 4.0, 4.0),
@@ -212,9 +212,8 @@ def test_cosmos_predict2(tmp_path):
     save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
     inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
     expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
-    found = answers(
-        tmp_path, inputs | {"x": inputs["x"][:, :, None]}, widths={"num_heads": 2, "crossattn_emb_channels": 64}
-    )
+    widths = {"num_heads": 2, "num_blocks": 2, "crossattn_emb_channels": 64}
+    found = answers(tmp_path, inputs | {"x": inputs["x"][:, :, None]}, widths=widths)
     assert_same({name: value[:, :, 0] for name, value in found.items()}, expected)
 
 
