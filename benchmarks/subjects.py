@@ -38,7 +38,7 @@ class Subject:
     media: Shapes
     text: Shapes
     tokens: Shapes = field(default_factory=dict)
-    """Of captions for text encoders that are trained."""
+    """Of captions, for what is trained of their reading."""
 
 
 def random_weights(denoiser: Any, device: torch.device) -> Callable[[str], torch.Tensor]:
@@ -222,6 +222,54 @@ def qwen_image(size: Size, device: torch.device) -> Subject:
     return Subject("qwen_image", RandomQwenImage, media, {"qwen_embeds": (128, 3584)})
 
 
+def cosmos_predict2(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
+    """Cosmos-Predict2; the shape is that of CosmosTransformer3DModel."""
+    from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
+
+    if size.small:
+        shape = {"num_attention_heads": 2, "num_layers": 2}
+
+    class RandomCosmosPredict2(CosmosPredict2):
+        _network: ClassVar = COSMOS | shape  # type: ignore[assignment]
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("cosmos_predict2", RandomCosmosPredict2, media, {"t5_embeds": (128, 1024)})
+
+
+COSMOS: dict[str, Any] = {"in_channels": 16, "out_channels": 16, "attention_head_dim": 128, "text_embed_dim": 1024,
+                          "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None}  # fmt: skip
+COSMOS_2B, COSMOS_14B = ({"num_attention_heads": heads, "num_layers": layers} for heads, layers in ((16, 28), (40, 36)))
+
+
+def anima(size: Size, device: torch.device) -> Subject:
+    """Anima with captions of 128 tokens of either kind."""
+    from diffusion_trainer.models.anima import Anima
+
+    small = {"num_attention_heads": 2, "num_layers": 2}
+
+    class RandomAnima(Anima):
+        _network: ClassVar = COSMOS | (small if size.small else COSMOS_2B)  # type: ignore[assignment]
+        # as many tokens as the benchmark draws them of, where T5 has 32128
+        _adapter: ClassVar = {  # type: ignore[assignment]
+            "source_dim": 1024,
+            "num_layers": 1 if size.small else 6,
+            "target_vocab_size": 49408,
+        }
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (16, size.height // 8, size.width // 8)}
+    return Subject("anima", RandomAnima, media, {"qwen_embeds": (128, 1024)}, {"t5_ids": (128,)})
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -311,6 +359,9 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux2-dev": partial(flux2, shape={
         "num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360}),
     "qwen-image": qwen_image,
+    "cosmos-predict2-2b": partial(cosmos_predict2, shape=COSMOS_2B),
+    "cosmos-predict2-14b": partial(cosmos_predict2, shape=COSMOS_14B),
+    "anima": anima,
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

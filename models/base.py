@@ -473,6 +473,12 @@ class Family(ABC):
         """Prompt, negative prompt and pictures of a request as arguments of the family's pipeline: batches of
         one, on ``device``."""
 
+    @property
+    def missing_for_samples(self) -> str:
+        """What `pipeline` lacks here and how to get it, in words; empty where it can be made. Asked before all else
+        where samples are to be drawn."""
+        return ""
+
     def sample(self, pipeline: Any, request: SampleRequest) -> list[Image]:
         """Draws with `pipeline` (made without text encoders); gives the frames, one for a picture.
 

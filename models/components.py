@@ -46,6 +46,12 @@ T5_XXL = Component(
     # UMT5, which Wan has, repeats its position bias in every block
     ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight",),
     "t5_tokenizer_path", "tokenizer_2", "comfy/text_encoders/t5_tokenizer")  # fmt: skip
+OLD_T5_XXL = Component(
+    "T5-XXL of version 1.0, which is t5-11b, such as oldt5_xxl_fp16.safetensors", "t5_path", "text_encoder",
+    "T5EncoderModel",
+    ("encoder.block.0.layer.1.DenseReluDense.wi.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ("text_encoders.t5xxl.transformer.",), (), "t5_tokenizer_path", "tokenizer",
+    "comfy/text_encoders/t5_tokenizer")  # fmt: skip
 
 
 @dataclass

@@ -36,18 +36,6 @@ def _text_encoder(required: bool = False) -> Any:
     return _file("Text encoder as a single file.", "text_encoders", required)
 
 
-def _rate(what: str) -> Any:
-    return option(
-        None,
-        f"Learning rate of {what}; 0 freezes it. Left out: that of the optimizer.",
-        ge=0,
-        le=1,
-        step=1e-8,
-        ui_off=-1,
-        advanced=True,
-    )
-
-
 class LTXVideoConfig(ModelConfig):
     """LTX-Video 0.9, a video model."""
 
@@ -98,40 +86,6 @@ class HiDreamConfig(FlowConfig):
     llama3_path: str = _file("Folder of Llama 3.1 8B Instruct.", "text_encoders", required=True)
     llama3_4bit: bool = option(True, "Hold Llama in 4 bits.")
     max_llama3_sequence_length: int = option(128, "Llama tokens per caption.", ge=32, le=2048, step=1)
-
-
-class CosmosPredict2Config(FlowConfig):
-    """Cosmos-Predict2, text to image."""
-
-    type: Literal["cosmos_predict2"] = "cosmos_predict2"
-    transformer_path: str = _transformer(required=True)
-    vae_path: str = _vae(required=True)
-    t5_path: str | None = _text_encoder()
-    llm_path: str | None = _text_encoder()
-    llm_adapter_path: str | None = _file("Adapter between language model and transformer.", "diffusion_models")
-    cache_text_embeddings: bool = option(True, "Encode captions once and keep that.", advanced=True)
-    text_encoder_nf4: bool = option(False, "Hold the text encoder in 4 bits.", advanced=True)
-    text_encoder_fp8: bool = option(False, "Hold the text encoder in float8.", advanced=True)
-    multiscale_loss_weight: float = option(
-        0.0, "Weight of an added loss at half the size.", ge=0, step=0.01, advanced=True
-    )
-    self_attn_lr: float | None = _rate("self-attention")
-    cross_attn_lr: float | None = _rate("cross-attention")
-    mlp_lr: float | None = _rate("the MLPs")
-    mod_lr: float | None = _rate("the modulation")
-    llm_adapter_lr: float | None = _rate("the language model's adapter")
-
-    @model_validator(mode="after")
-    def _encoder(self) -> CosmosPredict2Config:
-        if bool(self.t5_path) == bool(self.llm_path):
-            raise ValueError("model.t5_path: give this or llm_path, one of the two")
-        return self
-
-
-class AnimaConfig(CosmosPredict2Config):
-    """Anima, made from Cosmos-Predict2."""
-
-    type: Literal["anima"] = "anima"  # type: ignore[assignment]
 
 
 class OmniGen2Config(FlowConfig):

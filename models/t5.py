@@ -1,4 +1,5 @@
-"""T5's text encoder (version 1.1) and tokenizer, in transformers' files and ComfyUI's.
+"""T5's text encoder (version 1.1, and 1.0 with its plain feed-forward) and tokenizer, in transformers' files and
+ComfyUI's.
 
 Reference: https://github.com/google-research/text-to-text-transfer-transformer.
 """
@@ -34,19 +35,20 @@ def load_t5(family: Family, weights: Weights, device: torch.device) -> Any:
 
 
 def t5_config(weights: Weights) -> dict[str, Any]:
-    """Arguments of T5Config for a single file of a version 1.1 encoder."""
+    """Arguments of T5Config for a single file of an encoder, from names and shapes."""
     block = "encoder.block.0.layer"
+    is_gated = f"{block}.1.DenseReluDense.wi_0.weight" in weights
     buckets, heads = weights.shape(f"{block}.0.SelfAttention.relative_attention_bias.weight")
     inner, width = weights.shape(f"{block}.0.SelfAttention.q.weight")
     return {
         "vocab_size": weights.shape(_t5_name("shared.weight", weights))[0],
         "d_model": width,
         "d_kv": inner // heads,
-        "d_ff": weights.shape(f"{block}.1.DenseReluDense.wi_0.weight")[0],
+        "d_ff": weights.shape(f"{block}.1.DenseReluDense.{'wi_0' if is_gated else 'wi'}.weight")[0],
         "num_layers": weights.count("encoder.block."),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu",
+        "feed_forward_proj": "gated-gelu" if is_gated else "relu",
     }
 
 

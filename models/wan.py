@@ -45,8 +45,8 @@ from .wan_files import (
     transformer_config,
     umt5_config,
     umt5_reader,
-    vae_config,
 )
+from .wan_vae import encode_normalised, load_wan_vae
 
 if TYPE_CHECKING:
     import diffusers
@@ -289,7 +289,7 @@ class Wan(FlowFamily):
 
     def load_vae(self, device: torch.device) -> nn.Module:
         """The VAE as ``vae`` and, where the model attends to it, CLIP as ``clip``."""
-        encoders = {"vae": self._load_vae(device)}
+        encoders = {"vae": load_wan_vae(self._source("vae"), self.dtype, device)}
         if self.variant.has_clip:
             source = self._source("clip")
             config = transformers.CLIPVisionConfig(**(_folder_config(source) or clip_config(source)))
@@ -297,42 +297,21 @@ class Wan(FlowFamily):
             fill(encoders["clip"], clip_reader(source), torch.float32, device)
         return nn.ModuleDict(encoders).eval()
 
-    def _load_vae(self, device: torch.device) -> Any:
-        source = self._source("vae")
-        if source.original:
-            config = vae_config(source.weights)
-        else:  # a file of a diffusers folder may be named without the folder
-            beside = source.weights.path.parent / "config.json"
-            config = _folder_config(source) or (read_json(beside) if beside.is_file() else {})
-        vae = build(lambda: diffusers.AutoencoderKLWan.from_config(config))
-        rename = partial(original_vae_name, num_res_blocks=vae.config.num_res_blocks, residual=vae.config.is_residual)
-        fill(vae, lambda name: source.weights.read(rename(name) if source.original else name), self.dtype, device)
-        return vae
-
     def encode_media(
         self, vae: Any, pixels_NCFHW: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> dict[str, torch.Tensor]:
         pixels_NCFHW = pixels_NCFHW.to(self.dtype)
-        media = {"latents": self._latents(vae["vae"], pixels_NCFHW)}
+        media = {"latents": encode_normalised(vae["vae"], pixels_NCFHW, self.dtype)}
         if self.variant.task == "t2v":
             return media
         given = [0] if self.variant.task == "i2v" else [0, pixels_NCFHW.shape[2] - 1]
         shown_NCFHW = torch.zeros_like(pixels_NCFHW)
         shown_NCFHW[:, :, given] = pixels_NCFHW[:, :, given]
-        media["condition"] = self._latents(vae["vae"], shown_NCFHW)
+        media["condition"] = encode_normalised(vae["vae"], shown_NCFHW, self.dtype)
         if self.variant.has_clip:
             frames_NFCHW = pixels_NCFHW[:, :, given].transpose(1, 2)
             media["image_embeds"] = self._see(vae["clip"], frames_NFCHW).to(self.dtype)
         return media
-
-    def _latents(self, vae: Any, pixels_NCFHW: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            latents_NCFHW = vae.encode(pixels_NCFHW).latent_dist.mode().float()
-        mean, std = (
-            torch.tensor(values, device=latents_NCFHW.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        return ((latents_NCFHW - mean) * (1.0 / std)).to(self.dtype)  # as the pipeline rounds it
 
     def _see(self, clip: Any, frames_NFCHW: torch.Tensor) -> torch.Tensor:
         """CLIP's last but one hidden states of frames, those of one sample behind each other: NLD."""

@@ -106,6 +106,20 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
         _train({"type": "qwen2511", "diffusers_path": "/data/models/Qwen-Image-Edit-2511", "dtype": "bfloat16",
                 "transformer_dtype": "float8", "shift": 2.0}, activation_checkpointing=True,
                dataset="/data/dataset_edit.toml")),
+    "cosmos_predict2_lora.toml": (
+        "A LoRA for Cosmos-Predict2 2B from the single files that ComfyUI has",
+        _train({"type": "cosmos_predict2",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/cosmos_predict2_2B_t2i.safetensors",
+                "vae_path": "/data/ComfyUI/models/vae/wan_2.1_vae.safetensors",
+                "t5_path": "/data/ComfyUI/models/text_encoders/oldt5_xxl_fp16.safetensors",
+                "dtype": "bfloat16"})),
+    "anima_lora.toml": (
+        "A LoRA for Anima from the single files that ComfyUI has; the adapter of its text is left as it is",
+        _train({"type": "anima",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/anima-base-v1.0.safetensors",
+                "vae_path": "/data/ComfyUI/models/vae/qwen_image_vae.safetensors",
+                "llm_path": "/data/ComfyUI/models/text_encoders/qwen_3_06b_base.safetensors",
+                "dtype": "bfloat16", "llm_adapter_lr": 0.0})),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = (
+    "anima",
     "chroma",
+    "cosmos-predict2-2b",
     "flux2-klein-4b",
     "lumina2",
     "qwen-image",

@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AnimaTextConditioner,
     AutoencoderKL,
     AutoencoderKLFlux2,
     ChromaTransformer2DModel,
+    CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Lumina2Transformer2DModel,
@@ -31,8 +33,10 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusion_trainer.models import autoencoder, flux2_vae, qwen25_vl
+from diffusion_trainer.models.anima import Anima
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
+from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.flux2 import Flux2, tokens_of
 from diffusion_trainer.models.lumina2 import Lumina2
@@ -294,6 +298,45 @@ def test_chroma(tmp_path):
     widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
     found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- Cosmos-Predict2 --------------------------------------------------------------------------------------
+
+
+def test_cosmos_predict2(tmp_path):
+    """ComfyUI knows the heads of the two published widths alone, and 0.3.64 not other numbers of blocks."""
+    torch.manual_seed(0)
+    denoiser = CosmosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, num_layers=2, text_embed_dim=64, rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None)  # fmt: skip
+    family = CosmosPredict2(
+        validate(CosmosPredict2.Config, {"type": "cosmos_predict2", "dtype": "float32", "diffusers_path": "/none"})
+    )
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 20, 64)}
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, tuple(inputs.values())))
+    widths = {"num_heads": 2, "num_blocks": 2, "crossattn_emb_channels": 64}
+    found = answers(tmp_path, inputs | {"x": inputs["x"][:, :, None]}, widths=widths)
+    assert_same({name: value[:, :, 0] for name, value in found.items()}, expected)
+
+
+def test_anima(tmp_path):
+    """The adapter at its real size, which ComfyUI takes for granted."""
+    if not Path(os.environ["COMFYUI_DIR"], "comfy/ldm/anima").is_dir():
+        pytest.skip("this ComfyUI has no Anima")
+    torch.manual_seed(0)
+    denoiser = CosmosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, num_layers=1, text_embed_dim=1024, rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None)  # fmt: skip
+    denoiser.llm_adapter = AnimaTextConditioner()
+    family = Anima(validate(Anima.Config, {"type": "anima", "dtype": "float32", "diffusers_path": "/none"}))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 6, 8), "timesteps": torch.tensor([0.6125]), "context": torch.randn(1, 12, 1024)}
+    ids, seen = torch.randint(32128, (1, 17)), torch.ones(1, 1, dtype=torch.uint8)
+    values = inputs["x"], inputs["timesteps"], ids, seen, inputs["context"], seen
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
+    found = answers(tmp_path, inputs | {"x": inputs["x"][:, :, None], "t5xxl_ids": ids}, widths={"num_heads": 2})
+    assert_same({name: value[:, :, 0] for name, value in found.items()}, expected)
 
 
 # -- Z-Image ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cosmos_stand_ins  # noqa: F401
 import pytest
 import torch
 from diffusion_trainer.models import families
@@ -128,8 +129,33 @@ def qwen_image_forward(denoiser, x_t, told, text, seen):
     )[0]
 
 
+def cosmos_forward(denoiser, x_t, told, text):
+    """Of diffusers' class and with its attention, for which the denoiser has its own."""
+    from diffusers import CosmosTransformer3DModel
+    from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+
+    attention = [getattr(block, name) for block in denoiser.transformer_blocks for name in ("attn1", "attn2")]
+    own = [module.processor for module in attention]
+    for module in attention:
+        module.set_processor(CosmosAttnProcessor2_0())
+    prediction = CosmosTransformer3DModel.forward(
+        denoiser, x_t[:, :, None], told, text, padding_mask=torch.zeros(1, 1, 32, 64).to(x_t), return_dict=False
+    )[0][:, :, 0]
+    for module, processor in zip(attention, own, strict=True):
+        module.set_processor(processor)
+    return prediction
+
+
+def anima_forward(denoiser, x_t, told, ids, seen, qwen, read):
+    """Through diffusers' adapter, with all of the masks, and as above."""
+    masks = [mask.expand(values.shape[:2]) for mask, values in ((seen, ids), (read, qwen))]
+    return cosmos_forward(denoiser, x_t, told, denoiser.llm_adapter(qwen, ids, *masks))
+
+
 FORWARD = {
+    "anima": anima_forward,
     "chroma": chroma_forward,
+    "cosmos_predict2": cosmos_forward,
     "flux": flux_forward,
     "flux2": flux2_forward,
     "lumina_2": lumina_2_forward,
@@ -196,8 +222,27 @@ def qwen_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
+def anima_prompted(pipeline, prompt, generator, images):
+    """An empty caption is Qwen3's padding token, unlike there."""
+    own, t5 = pipeline.tokenizer, pipeline.t5_tokenizer
+    arguments = {}
+    for prefix, text in (("", prompt), ("negative_", "")):
+        ids = torch.tensor([own(text).input_ids or [own.pad_token_id]])
+        arguments[f"{prefix}qwen_prompt_embeds"] = pipeline.text_encoder(ids).last_hidden_state.detach()
+        arguments[f"{prefix}qwen_attention_mask"] = torch.ones_like(ids)
+        tokens = t5([text], return_tensors="pt")
+        arguments[f"{prefix}t5_input_ids"] = tokens.input_ids
+        arguments[f"{prefix}t5_attention_mask"] = tokens.attention_mask
+    pipeline._blocks.sub_blocks.pop("text_encoder")
+    return pipeline(
+        **arguments, height=32, width=64, num_inference_steps=2, generator=generator, output="images"
+    )  # fmt: skip
+
+
 PROMPTED = {
+    "anima": anima_prompted,
     "chroma": flux_prompted,
+    "cosmos_predict2": sdxl_prompted,
     "flux": flux_prompted,
     "flux2": z_image_prompted,
     "lumina_2": lumina_2_prompted,

@@ -8,7 +8,9 @@ import torch
 from training import Bench, Result
 
 PREFIXES = {
+    "anima": "diffusion_model.",
     "chroma": "transformer.",
+    "cosmos_predict2": "diffusion_model.blocks.",
     "flux2": "transformer.",
     "lumina_2": "diffusion_model.",
     "qwen_image": "diffusion_model.",

@@ -108,11 +108,13 @@ def _opened(media: Media) -> Image.Image:
 
 
 def check_images(settings: Sampling, family: Family) -> None:
-    """Sees that the model draws from pictures if there are any; after `Family.check_files`.
+    """Sees that the model can draw, and from pictures if there are any; after `Family.check_files`.
 
     Raises:
-        SettingsError: It does not, or it needs one and there is none.
+        SettingsError: It cannot, or it needs one and there is none.
     """
+    if settings.prompts and family.missing_for_samples:
+        raise SettingsError(f"sample: {family.missing_for_samples}")
     if settings.images and not family.starts_from_pictures:
         raise SettingsError(
             f"sample.images: this {family.title} model draws from prompts alone and starts from no picture; leave "

@@ -134,7 +134,9 @@ def hide_weights(model: nn.Module) -> None:
     """Keeps T5's feed-forward layers from converting what they computed to the dtype in which ``wo`` is stored;
     transformers' code does so where it sees a weight."""
     for module in model.modules():
-        if type(module).__name__.endswith("DenseGatedActDense") and isinstance(module.wo, StoredLinear):
+        if type(module).__name__.endswith(("DenseGatedActDense", "DenseActDense")) and isinstance(
+            module.wo, StoredLinear
+        ):
             hidden: Any = nn.Sequential(module.wo)
             hidden.weight = None
             module.wo = hidden
