@@ -48,17 +48,6 @@ def _rate(what: str) -> Any:
     )
 
 
-class LTXVideoConfig(ModelConfig):
-    """LTX-Video 0.9, a video model."""
-
-    type: Literal["ltx-video"] = "ltx-video"
-    diffusers_path: str = _folder(required=True)
-    single_file_path: str | None = _file("Transformer and VAE as a single file.", "checkpoints")
-    first_frame_conditioning_p: float = option(
-        0.0, "Share of the times that the first frame is given and not trained, as in image to video.",
-        ge=0, le=1, step=0.01)  # fmt: skip
-
-
 class HunyuanVideoConfig(FlowConfig):
     """HunyuanVideo, from the original folder or from ComfyUI's files."""
 
