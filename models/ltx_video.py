@@ -6,8 +6,9 @@ is told its time, so a first frame is given clean, at time 0, in its own place. 
 places are seconds, at 25 frames a second, and pixels. Since 0.9.5 the first latent, which stands for one frame, is one
 frame long there, too; in 0.9 and 0.9.1 it is eight long like the others.
 
-Captions have their own lengths here. T5 does not see padding, as in Lightricks' code and ComfyUI; diffusers 0.42 hides
-the padding from the transformer, but not from T5. The layers equal diffusers' transformer bit for bit.
+Captions have their own lengths here. Padding is hidden from T5, too, as in Lightricks' code, ComfyUI and diffusers'
+LTXConditionPipeline, but not in LTXPipeline of diffusers 0.42. The layers equal diffusers' transformer bit for bit.
+Norms and rotation go over all heads at once, for which `rotary` has no kernels.
 
 Reference: https://github.com/Lightricks/LTX-Video, and diffusers' LTXPipeline, LTXImageToVideoPipeline and
 LTXConditionPipeline. Licence of the weights: LTX-Video Open Weights License, older ones OpenRAIL-M.

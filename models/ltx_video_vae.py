@@ -8,6 +8,7 @@ Reference: https://github.com/Lightricks/LTX-Video (`CausalVideoAutoencoder`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,7 @@ def _new_decoder(weights: Weights) -> dict[str, Any]:
         "decoder_spatio_temporal_scaling": (True,) * 3,
         "decoder_inject_noise": tuple(noise),
         "upsample_residual": (True,) * 3,
-        "upsample_factor": tuple(after // before for before, after in zip(widths, widths[1:], strict=False)),
+        "upsample_factor": tuple(after // before for before, after in itertools.pairwise(widths)),
     }
 
 

@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -30,6 +31,8 @@ from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.ltx_video import LTXVideo
+from diffusion_trainer.models.ltx_video import pack as pack_tokens
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -220,6 +223,41 @@ def test_z_image(tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
     found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
     assert_same({name: patches(value) for name, value in found.items()}, expected)
+
+
+# -- LTX-Video --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["0.9", "0.9.5"])
+@pytest.mark.parametrize("given", [False, True], ids=["text", "first frame"])
+def test_ltx_video(causal, given, tmp_path):
+    """32 heads, as ComfyUI takes for granted; newer versions read in the header where the first latent ends."""
+    torch.manual_seed(0)
+    denoiser = LTXVideoTransformer3DModel(
+        num_attention_heads=32, attention_head_dim=2, cross_attention_dim=64, num_layers=2, caption_channels=64)  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    denoiser.save_pretrained(tmp_path / "model/transformer")
+    LTXVideo.write_miniature(tmp_path / "parts", "0.9.5" if causal else "0.9")
+    shutil.copytree(tmp_path / "parts/vae", tmp_path / "model/vae")
+    folder = str(tmp_path / "model")
+    family = LTXVideo(validate(LTXVideo.Config, {"type": "ltx-video", "dtype": "float32", "diffusers_path": folder,
+                                                 "first_frame_conditioning_p": float(given)}))  # fmt: skip
+    tensors = family.comfyui_tensors(denoiser.state_dict())
+    save_file(tensors, tmp_path / "model.safetensors", metadata=family.exported_metadata())
+    latents, noise = torch.randn(2, 128, 3, 2, 3)
+    batch = family.collate([Example({"latents": latents}, {"t5_embeds": torch.randn(20, 64)}, noise, 0.6)])
+    x_t, told_NS, text_NLD, _ = batch.inputs
+    inputs = {"x": x_t, "context": text_NLD, "timestep": told_NS / 1000}
+    if given:  # ComfyUI tells each token its time
+        inputs["timestep"] = inputs["timestep"].repeat_interleave(torch.tensor([6, 12]), dim=1)[..., None]
+    inputs["attention_mask"] = torch.ones(1, 20, dtype=torch.int64)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, batch.inputs))
+    widths = {"attention_head_dim": 2, "caption_channels": 64, "causal_temporal_positioning": causal}
+    found = answers(tmp_path, inputs, widths=widths)
+    assert_same({name: pack_tokens(value) for name, value in found.items()}, expected)
 
 
 # -- Stable Diffusion 3 -----------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ def ltx_video_forward(denoiser, x_t, told, text, seen):
     )[0]
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "ltx-video": ltx_video_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
-           "z_image": z_image_forward}  # fmt: skip
+FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "ltx-video": ltx_video_forward, "sd3": sd3_forward,
+           "sdxl": sdxl_forward, "wan": wan_forward, "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -153,10 +153,9 @@ def z_image_prompted(pipeline, prompt, generator, images):
 
 
 def ltx_video_prompted(pipeline, prompt, generator, images):
-    """With what T5 gives where it does not see the padding."""
-    arguments = (
-        {"decode_timestep": 0.05, "decode_noise_scale": 0.025} if pipeline.vae.config.timestep_conditioning else {}
-    )
+    """With what T5 gives where it does not see the padding, which LTXPipeline shows it."""
+    told = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    arguments = told if pipeline.vae.config.timestep_conditioning else {}
     for prefix, text in (("", prompt), ("negative_", "")):
         tokens = pipeline.tokenizer(text, padding="max_length", max_length=32, return_tensors="pt")
         mask = arguments[f"{prefix}prompt_attention_mask"] = tokens.attention_mask.bool()
@@ -167,8 +166,8 @@ def ltx_video_prompted(pipeline, prompt, generator, images):
     ).frames[0]  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "ltx-video": ltx_video_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
-            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "ltx-video": ltx_video_prompted, "sd3": flux_prompted,
+            "sdxl": sdxl_prompted, "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
