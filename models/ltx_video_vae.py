@@ -43,6 +43,8 @@ STATISTICS = {
     "latents_std": "per_channel_statistics.std-of-means",
 }
 NEW_BLOCK = "LTXVideo095DownBlock3D"
+MIRRORED = 128, 256, 512, 512
+"""Widths of the decoder where a folder, from before 0.9.1, does not say them."""
 
 
 def has_new_encoder(weights: Weights) -> bool:
@@ -69,7 +71,7 @@ def read_original(weights: Weights) -> dict[str, torch.Tensor]:
     if not weights.path.is_dir():
         return {name: weights.read(name) for name in weights}
     config = read_json(weights.path / "config.json")
-    mirrored = len(config["decoder_block_out_channels"]) == 4
+    mirrored = len(config.get("decoder_block_out_channels", MIRRORED)) == 4
     names = numbered(has_new_encoder(weights), mirrored)
     return {original_vae_name(name, names): weights.read(name) for name in weights}
 
@@ -166,14 +168,14 @@ def _layers(weights: Weights, blocks: str, numbers: Sequence[int]) -> tuple[int,
 
 def miniature(variant: str) -> Any:
     """A small one; ``variant`` is a version."""
-    shape: dict[str, Any] = {"block_out_channels": (8, 16, 24, 24), "layers_per_block": (1, 1, 1, 1, 1)}
+    shape: dict[str, Any] = {"block_out_channels": (8, 16, 32, 32), "layers_per_block": (1, 1, 1, 1, 1)}
     if variant == "0.9.5":
         shape["block_out_channels"] = (8, 16, 16, 32, 32)
         shape["down_block_types"] = (NEW_BLOCK,) * 4
         shape["spatio_temporal_scaling"] = (True,) * 4
         shape["downsample_type"] = ("spatial", "temporal", "spatiotemporal", "spatiotemporal")
     if variant == "0.9":
-        shape |= {"decoder_block_out_channels": (8, 16, 24, 24), "decoder_layers_per_block": (1, 2, 1, 1, 1)}
+        shape |= {"decoder_block_out_channels": (8, 16, 32, 32), "decoder_layers_per_block": (1, 2, 1, 1, 1)}
     else:
         shape |= {
             "decoder_block_out_channels": (16, 32, 64), "decoder_layers_per_block": (1, 2, 1, 1),

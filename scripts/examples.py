@@ -75,7 +75,7 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "t5_path": "/data/ComfyUI/models/text_encoders/t5xxl_fp16.safetensors", "dtype": "bfloat16",
                 "shift": 3.0})),
     "ltx_video_lora.toml": (
-        "A LoRA for LTX-Video 0.9.5 from its single file and ComfyUI's text encoder; half of the clips from a first frame",
+        "A LoRA for LTX-Video 0.9.5 from its single file; half of the clips are trained from a first frame",
         _train({"type": "ltx-video",
                 "single_file_path": "/data/ComfyUI/models/checkpoints/ltx-video-2b-v0.9.5.safetensors",
                 "t5_path": "/data/ComfyUI/models/text_encoders/t5xxl_fp16.safetensors", "dtype": "bfloat16",

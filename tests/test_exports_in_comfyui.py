@@ -263,6 +263,57 @@ def test_ltx_video(causal, given, tmp_path):
     assert_same({name: pack_tokens(value) for name, value in found.items()}, expected)
 
 
+def layers(number: int, **more: Any) -> list[Any]:
+    return ["res_x", {"num_layers": number, **more}]
+
+
+SMALLER, WIDER, LARGER = ["compress_all", {}], ["res_x_y", 1], ["compress_all", {"residual": True, "multiplier": 2}]
+LTX_ENCODER = [layers(1), SMALLER, WIDER, layers(1), SMALLER, WIDER, layers(1), SMALLER, layers(1), layers(1)]
+LTX_VAES: dict[str, dict[str, Any]] = {
+    "0.9": {
+        "encoder_blocks": LTX_ENCODER, "timestep_conditioning": False,
+        "decoder_blocks": [*LTX_ENCODER[:3], layers(2), *LTX_ENCODER[4:]]},
+    "0.9.1": {
+        "encoder_blocks": LTX_ENCODER, "timestep_conditioning": True,
+        "decoder_blocks": [layers(1), LARGER, layers(2, inject_noise=True), LARGER, layers(1, inject_noise=True),
+                           LARGER, layers(1, inject_noise=True)]},
+    "0.9.5": {
+        "encoder_blocks": [layers(1), ["compress_space_res", {"multiplier": 2}], layers(1),
+                           ["compress_time_res", {"multiplier": 1}], layers(1), ["compress_all_res", {"multiplier": 2}],
+                           layers(1), ["compress_all_res", {"multiplier": 1}], layers(1)],
+        "timestep_conditioning": True,
+        "decoder_blocks": [layers(1), LARGER, layers(2), LARGER, layers(1), LARGER, layers(1)]},
+}  # fmt: skip
+"""What the header of a file with the miniature's VAE says of it."""
+
+
+@pytest.mark.parametrize("variant", LTX_VAES)
+def test_the_vae_of_ltx_video(variant, tmp_path):
+    """An exported checkpoint's, with its statistics."""
+    source = Path(os.environ["COMFYUI_DIR"], "comfy/ldm/lightricks/vae/causal_video_autoencoder.py")
+    if "encoder_base_channels" not in source.read_text("utf-8"):
+        pytest.skip("this ComfyUI knows the published widths alone")
+    LTXVideo.write_miniature(tmp_path / "model", variant)
+    folder = str(tmp_path / "model")
+    family = LTXVideo(validate(LTXVideo.Config, {"type": "ltx-video", "dtype": "float32", "diffusers_path": folder}))
+    told = {**LTX_VAES[variant], "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
+            "norm_layer": "pixel_norm", "patch_size": 4, "latent_log_var": "uniform", "use_quant_conv": False,
+            "causal_decoder": False, "spatial_padding_mode": "zeros", "encoder_base_channels": 8,
+            "decoder_base_channels": 8}  # fmt: skip
+    exported = {name.removeprefix("vae."): value.contiguous() for name, value in family.other_tensors(()).items()}
+    save_file(exported, tmp_path / "model.safetensors", metadata={"config": json.dumps({"vae": told})})
+    vae: Any = family.load_vae(CPU)
+    torch.manual_seed(1)
+    inputs = {"pixels": torch.rand(1, 3, 9, 64, 64) * 2 - 1, "latents": torch.randn(1, 128, 2, 2, 2)}
+    mean, std = (value.view(1, -1, 1, 1, 1) for value in (vae.latents_mean, vae.latents_std))
+    time = torch.tensor([0.05]) if told["timestep_conditioning"] else None
+    with torch.no_grad():
+        encoded = (vae.encode(inputs["pixels"]).latent_dist.mode() - mean) / std
+        decoded = vae.decode(inputs["latents"] * std + mean, time).sample
+    found = answers(tmp_path, inputs, adapters=[], vae=True)
+    assert_same(found, {"plain.encoded": encoded, "plain.decoded": decoded})
+
+
 # -- Stable Diffusion 3 -----------------------------------------------------------------------------------
 
 SD3S: dict[str, dict[str, Any]] = {
