@@ -156,11 +156,14 @@ def ltx_video_prompted(pipeline, prompt, generator, images):
     """With what T5 gives where it does not see the padding, which LTXPipeline shows it."""
     told = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
     arguments = told if pipeline.vae.config.timestep_conditioning else {}
+    longest = len(pipeline.tokenizer(prompt).input_ids)
     for prefix, text in (("", prompt), ("negative_", "")):
         tokens = pipeline.tokenizer(text, padding="max_length", max_length=32, return_tensors="pt")
-        mask = arguments[f"{prefix}prompt_attention_mask"] = tokens.attention_mask.bool()
+        mask = tokens.attention_mask.bool()
         with torch.no_grad():
-            arguments[f"{prefix}prompt_embeds"] = pipeline.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+            embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+        arguments[f"{prefix}prompt_embeds"] = embeds[:, :longest]
+        arguments[f"{prefix}prompt_attention_mask"] = mask[:, :longest]
     return pipeline(
         height=32, width=64, num_frames=1, num_inference_steps=2, guidance_scale=4.0, generator=generator, **arguments
     ).frames[0]  # fmt: skip
