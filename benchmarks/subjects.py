@@ -270,6 +270,31 @@ def anima(size: Size, device: torch.device) -> Subject:
     return Subject("anima", RandomAnima, media, {"qwen_embeds": (128, 1024)}, {"t5_ids": (128,)})
 
 
+def ltx_video(size: Size, device: torch.device, shape: dict[str, Any]) -> Subject:
+    """LTX-Video 0.9.5 and later; the shape is that of LTXVideoTransformer3DModel."""
+    from diffusion_trainer.models.ltx_video import LTXVideo
+
+    if size.small:
+        shape = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2}
+    width = shape["num_attention_heads"] * shape["attention_head_dim"]
+
+    class RandomLTXVideo(LTXVideo):
+        is_causal = True  # type: ignore[assignment]
+        _network: ClassVar = {"in_channels": 128, "caption_channels": 4096, "cross_attention_dim": width, **shape}
+
+        def check_files(self) -> None: ...
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media = {"latents": (128, (size.frames - 1) // 8 + 1, size.height // 32, size.width // 32)}
+    return Subject("ltx-video", RandomLTXVideo, media, {"t5_embeds": (128, 4096)})
+
+
+LTX_VIDEO_2B = {"num_attention_heads": 32, "attention_head_dim": 64, "num_layers": 28}
+LTX_VIDEO_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 48}
+
+
 def sdxl(size: Size, device: torch.device) -> Subject:
     """SDXL; its text encoders are trained unless their learning rates are 0."""
     from diffusion_trainer.models.sdxl import SDXL
@@ -362,6 +387,8 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "cosmos-predict2-2b": partial(cosmos_predict2, shape=COSMOS_2B),
     "cosmos-predict2-14b": partial(cosmos_predict2, shape=COSMOS_14B),
     "anima": anima,
+    "ltx-video-2b": partial(ltx_video, shape=LTX_VIDEO_2B),
+    "ltx-video-13b": partial(ltx_video, shape=LTX_VIDEO_13B),
     "sdxl": sdxl,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),

@@ -400,14 +400,15 @@ class Family(ABC):
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Stacks examples of one bucket and as many controls, adds noise and says what the network should answer."""
 
-    def timestep(self, quantile: float, latent_size: tuple[int, int]) -> float:
+    def timestep(self, quantile: float, latent_size: tuple[int, ...]) -> float:
         """Noise level in (0, 1) at which the fraction ``quantile`` of training lies below it.
 
         The distribution is that of `timestep_sample_method`, shifted, then cut to [min_t, max_t]; so a
         uniform quantile samples it and a fixed one evaluates at a fixed place.
 
         Args:
-            latent_size: Height and width of the latents, for shifts that depend on the resolution.
+            latent_size: Height and width of the latents, after their frames where there are, for shifts that depend
+                on them.
         """
         shift = self.timestep_shift(latent_size)
         low, high = (self._quantile_of(t, shift) for t in (self.config.min_t, self.config.max_t))
@@ -420,7 +421,7 @@ class Family(ABC):
             t = 1 / (1 + math.exp(-normal * self.config.sigmoid_scale - self.config.logit_mean))
         return shift * t / (1 + (shift - 1) * t)
 
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+    def timestep_shift(self, latent_size: tuple[int, ...]) -> float:
         """Factor of the shift t' = s*t / (1 + (s - 1)*t)."""
         return self.config.shift or 1.0
 
@@ -454,6 +455,10 @@ class Family(ABC):
         Args:
             names: Parameters of the denoiser that are written as trained.
         """
+        return {}
+
+    def exported_metadata(self) -> dict[str, str]:
+        """What the header of that file says, where ComfyUI reads more there than tensors tell."""
         return {}
 
     @abstractmethod

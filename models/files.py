@@ -62,6 +62,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors; nothing for a folder or another file."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        return {}
+    with path.open("rb") as stream:
+        header = stream.read(struct.unpack("<Q", stream.read(8))[0])
+    return json.loads(header).get("__metadata__", {})
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a component's configuration, folder and all."""
     path.parent.mkdir(parents=True, exist_ok=True)

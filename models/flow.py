@@ -36,7 +36,7 @@ class FlowFamily(Family):
 
     config: FlowConfig
 
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+    def timestep_shift(self, latent_size: tuple[int, ...]) -> float:
         if self.config.shift is None and self.config.flux_shift:
             return resolution_shift(latent_size)
         return super().timestep_shift(latent_size)
@@ -49,7 +49,7 @@ class FlowFamily(Family):
         """
         x0 = torch.stack([example.media["latents"] for example in examples]).float()
         noise = torch.stack([example.noise for example in examples]).to(x0)
-        latent_size = (x0.shape[-2], x0.shape[-1])
+        latent_size = tuple(x0.shape[2:])
         times = [self.timestep(example.quantile, latent_size) for example in examples]
         t_N = torch.tensor(times, dtype=torch.float32, device=x0.device)
         t = t_N.view(-1, *[1] * (x0.ndim - 1))
@@ -71,13 +71,13 @@ class FlowFamily(Family):
         return weight_N.view(-1, *[1] * (target.ndim - 1))
 
 
-def resolution_shift(latent_size: tuple[int, int]) -> float:
+def resolution_shift(latent_size: tuple[int, ...]) -> float:
     """The shift that Flux uses for a picture of this size: e^mu, mu linear in the number of image tokens.
 
     Anchors are 256 tokens (mu 0.5) and 4096 tokens (mu 1.15); a token is 2x2 latents. Source: the
     sampling code of Black Forest Labs' flux repository (`get_schedule`).
     """
-    tokens = (latent_size[0] // 2) * (latent_size[1] // 2)
+    tokens = (latent_size[-2] // 2) * (latent_size[-1] // 2)
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 

@@ -25,7 +25,7 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
 from . import autoencoder
-from .base import Batch, Example, Layer, SampleRequest, Shapes
+from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
 from .clip import CLIP_LENGTH, clip_config, clip_name, write_clip_tokenizer
 from .components import CLIP_L, FLUX_VAE, T5_XXL, Component, FromComponents, TextEncoder, width_of
 from .files import fingerprint, read_json, write_json
@@ -183,7 +183,7 @@ class Flux(FromComponents, FlowFamily):
         fill(model, lambda tensor: weights.read(clip_name(tensor, weights)), self.dtype, device)
         return TextEncoder(transformers.CLIPTokenizer.from_pretrained(folder), model.eval())
 
-    def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def encode_text(self, name: str, encoder: TextEncoder, captions: Sequence[str]) -> Encodings:
         length = CLIP_LENGTH if name == "clip" else self.config.max_sequence_length
         tokens = encoder.tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"

@@ -242,7 +242,7 @@ class Flux2(FromComponents, FlowFamily):
 
     # -- training -----------------------------------------------------------------------------------
 
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+    def timestep_shift(self, latent_size: tuple[int, ...]) -> float:
         if self.config.shift is None and self.config.flux_shift:
             return resolution_shift(latent_size)
         return super().timestep_shift(latent_size)
@@ -370,13 +370,13 @@ class Flux2(FromComponents, FlowFamily):
         return {"type": "flux2", "diffusers_path": str(folder), "dtype": "float32", "max_sequence_length": 64}
 
 
-def resolution_shift(latent_size: tuple[int, int]) -> float:
+def resolution_shift(latent_size: tuple[int, ...]) -> float:
     """The shift that FLUX.2 uses for a picture of this size: e^mu, mu linear in the number of image tokens.
 
     mu is 1.6 to 2.0 for 256 to 4300 tokens at `USUAL_STEPS` steps; above it begins anew at 1.2, whatever the steps.
     Source: the sampling code of Black Forest Labs' flux2 repository (`compute_empirical_mu`).
     """
-    tokens = latent_size[0] * latent_size[1]
+    tokens = latent_size[-2] * latent_size[-1]
     at_200_steps = 0.00016927 * tokens + 0.45666666
     at_10_steps = 8.73809524e-05 * tokens + 1.89833333
     if tokens > 4300:

@@ -225,7 +225,7 @@ class Lumina2(FromComponents, FlowFamily):
 
     # -- training -----------------------------------------------------------------------------------
 
-    def timestep_shift(self, latent_size: tuple[int, int]) -> float:
+    def timestep_shift(self, latent_size: tuple[int, ...]) -> float:
         if self.config.shift is None:
             return resolution_shift(latent_size) if self.config.lumina_shift else 1.0
         return self.config.shift

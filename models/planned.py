@@ -36,17 +36,6 @@ def _text_encoder(required: bool = False) -> Any:
     return _file("Text encoder as a single file.", "text_encoders", required)
 
 
-class LTXVideoConfig(ModelConfig):
-    """LTX-Video 0.9, a video model."""
-
-    type: Literal["ltx-video"] = "ltx-video"
-    diffusers_path: str = _folder(required=True)
-    single_file_path: str | None = _file("Transformer and VAE as a single file.", "checkpoints")
-    first_frame_conditioning_p: float = option(
-        0.0, "Share of the times that the first frame is given and not trained, as in image to video.",
-        ge=0, le=1, step=0.01)  # fmt: skip
-
-
 class HunyuanVideoConfig(FlowConfig):
     """HunyuanVideo, from the original folder or from ComfyUI's files."""
 

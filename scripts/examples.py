@@ -120,6 +120,13 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
                 "vae_path": "/data/ComfyUI/models/vae/qwen_image_vae.safetensors",
                 "llm_path": "/data/ComfyUI/models/text_encoders/qwen_3_06b_base.safetensors",
                 "dtype": "bfloat16", "llm_adapter_lr": 0.0})),
+    "ltx_video_lora.toml": (
+        "A LoRA for LTX-Video 0.9.5 from its single file; half of the clips are trained from a first frame",
+        _train({"type": "ltx-video",
+                "single_file_path": "/data/ComfyUI/models/checkpoints/ltx-video-2b-v0.9.5.safetensors",
+                "t5_path": "/data/ComfyUI/models/text_encoders/t5xxl_fp16.safetensors", "dtype": "bfloat16",
+                "first_frame_conditioning_p": 0.5, "flux_shift": True},
+               dataset="/data/dataset_video.toml", video_clip_mode="single_beginning")),
     "sdxl_lora.toml": (
         "A LoRA for SDXL, its U-Net and both text encoders",
         _train({"type": "sdxl", "checkpoint_path": "/data/models/sd_xl_base_1.0.safetensors", "dtype": "bfloat16",

@@ -7,6 +7,7 @@ there: what is predicted, under ``plain`` and the names of the adapters. task.js
 
 - for a file with the denoiser alone ``widths``, which versions are told that take the published model's for granted;
   inputs are the network's arguments;
+- for a VAE ``vae``; inputs are ``pixels`` and ``latents``, answers ``.encoded`` and ``.decoded``;
 - for a checkpoint ``caption``, and ``text_encoders`` with what is not published size in them; inputs are ``x_t`` (of a
   variance-preserving process), ``t`` (of 1000) and ``latents``, or ``sigma`` for ``t`` and x_t of rectified flow.
   Answers are what the model takes x_t for without its noise, the text (``.text``, ``.pooled``) and what the VAE makes
@@ -37,6 +38,8 @@ def predict(folder: Path) -> None:
     logging.getLogger().setLevel(logging.INFO)  # tensors left over are no more than information
     task, inputs = json.loads((folder / "task.json").read_text()), load_file(folder / "inputs.safetensors")
     load, answer = (load_checkpoint, of_caption) if "caption" in task else (load_denoiser, of_tensors)
+    if "vae" in task:
+        load, answer = load_vae, of_latents
     with torch.inference_mode():
         model, clip, answers = load(folder / "model.safetensors", task, inputs)
         answers |= named("plain", answer(model, clip, task, inputs))
@@ -105,6 +108,22 @@ def of_caption(model: Any, clip: Any, task: dict[str, Any], inputs: dict[str, An
         x = inputs["x_t"] * (sigma**2 + 1) ** 0.5
     clean = model.model.apply_model(x, sigma, c_crossattn=text, y=conditions)
     return {"": clean, ".text": text, ".pooled": pooled}
+
+
+# -- a VAE ------------------------------------------------------------------------------------------------
+
+
+def load_vae(file: Path, _task: Any, _inputs: Any) -> tuple[Any, None, dict[str, Any]]:
+    import comfy.sd
+    import comfy.utils
+
+    weights, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
+    return comfy.sd.VAE(sd=weights, metadata=metadata).first_stage_model.float(), None, {}
+
+
+def of_latents(vae: Any, _clip: Any, _task: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    vae.decode_noise_scale = 0.0  # LTX-Video's draws
+    return {".encoded": vae.encode(inputs["pixels"]), ".decoded": vae.decode(inputs["latents"])}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ SLOW = (
     "chroma",
     "cosmos-predict2-2b",
     "flux2-klein-4b",
+    "ltx-video-2b",
     "lumina2",
     "qwen-image",
     "sd3.5-medium",

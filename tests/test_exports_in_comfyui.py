@@ -25,6 +25,7 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -39,6 +40,8 @@ from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.flux2 import Flux2, tokens_of
+from diffusion_trainer.models.ltx_video import LTXVideo
+from diffusion_trainer.models.ltx_video import pack as pack_tokens
 from diffusion_trainer.models.lumina2 import Lumina2
 from diffusion_trainer.models.lumina2_attention import fuse_attention
 from diffusion_trainer.models.mistral import miniature_tekken
@@ -366,6 +369,95 @@ def test_z_image(tmp_path):
     expected = with_adapters(family, denoiser, tmp_path, lambda: -run(family, denoiser, values))
     found = answers(tmp_path, {**inputs, "num_tokens": torch.tensor([20])}, widths=Z_IMAGE)
     assert_same({name: patches(value) for name, value in found.items()}, expected)
+
+
+# -- LTX-Video --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["0.9", "0.9.5"])
+@pytest.mark.parametrize("given", [False, True], ids=["text", "first frame"])
+def test_ltx_video(causal, given, tmp_path):
+    """32 heads, as ComfyUI takes for granted. Where the first latent ends its loader of models reads in the header;
+    that of 0.3.64, other than its loader of checkpoints, is told."""
+    torch.manual_seed(0)
+    denoiser = LTXVideoTransformer3DModel(
+        num_attention_heads=32, attention_head_dim=2, cross_attention_dim=64, num_layers=2, caption_channels=64
+    )
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    denoiser.save_pretrained(tmp_path / "model/transformer")
+    LTXVideo.write_miniature(tmp_path / "parts", "0.9.5" if causal else "0.9")
+    shutil.copytree(tmp_path / "parts/vae", tmp_path / "model/vae")
+    folder = str(tmp_path / "model")
+    family = LTXVideo(validate(LTXVideo.Config, {"type": "ltx-video", "dtype": "float32", "diffusers_path": folder,
+                                                 "first_frame_conditioning_p": float(given)}))  # fmt: skip
+    tensors, told = family.comfyui_tensors(denoiser.state_dict()), family.exported_metadata()
+    save_file(tensors, tmp_path / "model.safetensors", metadata=told)
+    latents, noise = torch.randn(2, 128, 3, 2, 3)
+    batch = family.collate([Example({"latents": latents}, {"t5_embeds": torch.randn(20, 64)}, noise, 0.6)])
+    x_t, told_NS, text_NLD, _ = batch.inputs
+    inputs = {"x": x_t, "context": text_NLD, "timestep": told_NS / 1000}
+    if given:  # ComfyUI tells each token its time
+        inputs["timestep"] = inputs["timestep"].repeat_interleave(torch.tensor([6, 12]), dim=1)[..., None]
+    inputs["attention_mask"] = torch.ones(1, 20, dtype=torch.int64)
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, batch.inputs))
+    loader = Path(os.environ["COMFYUI_DIR"], "comfy/sd.py").read_text("utf-8")
+    knows = "load_diffusion_model_state_dict(sd, model_options=model_options, metadata=metadata" in loader
+    found = answers(tmp_path, inputs, widths={} if knows else json.loads(told["config"])["transformer"])
+    assert_same({name: pack_tokens(value) for name, value in found.items()}, expected)
+
+
+def layers(number: int, **more: Any) -> list[Any]:
+    return ["res_x", {"num_layers": number, **more}]
+
+
+SMALLER, WIDER, LARGER = ["compress_all", {}], ["res_x_y", 1], ["compress_all", {"residual": True, "multiplier": 2}]
+LTX_ENCODER = [layers(1), SMALLER, WIDER, layers(1), SMALLER, WIDER, layers(1), SMALLER, layers(1), layers(1)]
+LTX_VAES: dict[str, dict[str, Any]] = {
+    "0.9": {
+        "encoder_blocks": LTX_ENCODER, "timestep_conditioning": False,
+        "decoder_blocks": [*LTX_ENCODER[:3], layers(2), *LTX_ENCODER[4:]]},
+    "0.9.1": {
+        "encoder_blocks": LTX_ENCODER, "timestep_conditioning": True,
+        "decoder_blocks": [layers(1), LARGER, layers(2, inject_noise=True), LARGER, layers(1, inject_noise=True),
+                           LARGER, layers(1, inject_noise=True)]},
+    "0.9.5": {
+        "encoder_blocks": [layers(1), ["compress_space_res", {"multiplier": 2}], layers(1),
+                           ["compress_time_res", {"multiplier": 1}], layers(1), ["compress_all_res", {"multiplier": 2}],
+                           layers(1), ["compress_all_res", {"multiplier": 1}], layers(1)],
+        "timestep_conditioning": True,
+        "decoder_blocks": [layers(1), LARGER, layers(2), LARGER, layers(1), LARGER, layers(1)]},
+}  # fmt: skip
+"""What the header of a file with the miniature's VAE says of it."""
+
+
+@pytest.mark.parametrize("variant", LTX_VAES)
+def test_the_vae_of_ltx_video(variant, tmp_path):
+    """An exported checkpoint's, with its statistics."""
+    source = Path(os.environ["COMFYUI_DIR"], "comfy/ldm/lightricks/vae/causal_video_autoencoder.py")
+    if "encoder_base_channels" not in source.read_text("utf-8"):
+        pytest.skip("this ComfyUI knows the published widths alone")
+    LTXVideo.write_miniature(tmp_path / "model", variant)
+    folder = str(tmp_path / "model")
+    family = LTXVideo(validate(LTXVideo.Config, {"type": "ltx-video", "dtype": "float32", "diffusers_path": folder}))
+    told = {**LTX_VAES[variant], "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128,
+            "norm_layer": "pixel_norm", "patch_size": 4, "latent_log_var": "uniform", "use_quant_conv": False,
+            "causal_decoder": False, "spatial_padding_mode": "zeros", "encoder_base_channels": 8,
+            "decoder_base_channels": 8}  # fmt: skip
+    exported = {name.removeprefix("vae."): value.contiguous() for name, value in family.other_tensors(()).items()}
+    save_file(exported, tmp_path / "model.safetensors", metadata={"config": json.dumps({"vae": told})})
+    vae: Any = family.load_vae(CPU)
+    torch.manual_seed(1)
+    inputs = {"pixels": torch.rand(1, 3, 9, 64, 64) * 2 - 1, "latents": torch.randn(1, 128, 2, 2, 2)}
+    mean, std = (value.view(1, -1, 1, 1, 1) for value in (vae.latents_mean, vae.latents_std))
+    time = torch.tensor([0.05]) if told["timestep_conditioning"] else None
+    with torch.no_grad():
+        encoded = (vae.encode(inputs["pixels"]).latent_dist.mode() - mean) / std
+        decoded = vae.decode(inputs["latents"] * std + mean, time).sample
+    found = answers(tmp_path, inputs, adapters=[], vae=True)
+    assert_same(found, {"plain.encoded": encoded, "plain.decoded": decoded})
 
 
 # -- Qwen-Image -------------------------------------------------------------------------------------------

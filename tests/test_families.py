@@ -152,12 +152,30 @@ def anima_forward(denoiser, x_t, told, ids, seen, qwen, read):
     return cosmos_forward(denoiser, x_t, told, denoiser.llm_adapter(qwen, ids, *masks))
 
 
+def ltx_video_forward(denoiser, x_t, told, text, seen):
+    from diffusers import LTXConditionPipeline, LTXPipeline
+
+    frames, height, width = x_t.shape[2:]
+    # no token of the miniatures' batches lies behind the first latent frame, where versions differ
+    ids = LTXConditionPipeline._prepare_video_ids(len(x_t), frames, height, width)
+    coordinates = LTXConditionPipeline._scale_video_ids(ids).float() * torch.tensor([1 / 25, 1, 1])[None, :, None]
+    return denoiser(
+        hidden_states=LTXPipeline._pack_latents(x_t),
+        timestep=told,
+        encoder_hidden_states=text,
+        encoder_attention_mask=seen if seen.shape[1] > 1 else None,
+        video_coords=coordinates,
+        return_dict=False,
+    )[0]
+
+
 FORWARD = {
     "anima": anima_forward,
     "chroma": chroma_forward,
     "cosmos_predict2": cosmos_forward,
     "flux": flux_forward,
     "flux2": flux2_forward,
+    "ltx-video": ltx_video_forward,
     "lumina_2": lumina_2_forward,
     "qwen2511": qwen_image_forward,
     "qwen_image": qwen_image_forward,
@@ -239,12 +257,30 @@ def anima_prompted(pipeline, prompt, generator, images):
     )  # fmt: skip
 
 
+def ltx_video_prompted(pipeline, prompt, generator, images):
+    """With what T5 gives where it does not see the padding, which LTXPipeline shows it."""
+    told = {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
+    arguments = told if pipeline.vae.config.timestep_conditioning else {}
+    longest = len(pipeline.tokenizer(prompt).input_ids)
+    for prefix, text in (("", prompt), ("negative_", "")):
+        tokens = pipeline.tokenizer(text, padding="max_length", max_length=32, return_tensors="pt")
+        mask = tokens.attention_mask.bool()
+        with torch.no_grad():
+            embeds = pipeline.text_encoder(tokens.input_ids, attention_mask=mask)[0]
+        arguments[f"{prefix}prompt_embeds"] = embeds[:, :longest]
+        arguments[f"{prefix}prompt_attention_mask"] = mask[:, :longest]
+    return pipeline(
+        height=32, width=64, num_frames=1, num_inference_steps=2, guidance_scale=4.0, generator=generator, **arguments
+    ).frames[0]  # fmt: skip
+
+
 PROMPTED = {
     "anima": anima_prompted,
     "chroma": flux_prompted,
     "cosmos_predict2": sdxl_prompted,
     "flux": flux_prompted,
     "flux2": z_image_prompted,
+    "ltx-video": ltx_video_prompted,
     "lumina_2": lumina_2_prompted,
     "qwen2511": qwen_image_prompted,
     "qwen_image": qwen_image_prompted,
@@ -257,6 +293,7 @@ PROMPTED = {
 pictures to start from, 5 frames."""
 
 VARIANTS: dict[str, list[dict]] = {
+    "ltx-video": [{"variant": name} for name in ("0.9", "0.9.5")],
     "sd3": [{"variant": name} for name in ("sd3", "sd35_medium")],
     "flux2": [{"variant": name} for name in ("klein", "dev")],
     "wan": [{"variant": name} for name in ("t2v", "flf2v")],

@@ -69,7 +69,7 @@ class Exporter:
             target,
             self.trained.everything(dtype, self.family.float32) if self.is_writer or self.trained.collective else {},
             lambda weights: {**self.family.other_tensors(weights), **self.family.comfyui_tensors(weights)},
-            about,
+            {**about, **self.family.exported_metadata()},
             copies,
             part=str(self.stage) if self.is_writer else None,
             is_main=self.world.rank == 0,
