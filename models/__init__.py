@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, get_args
 if TYPE_CHECKING:
     from .base import Family, ModelConfig
 
-_NO_FAMILIES = ("__init__", "base", "flow", "flux_attention", "planned", "sd3_attention", "z_image_attention")
+_NO_FAMILIES = ("__init__", "base", "flow", "flux_attention", "hunyuan_video_attention", "planned", "sd3_attention",
+                "z_image_attention")  # fmt: skip
 """Not looked into for families; what is called attention needs torch, which would slow down the start of ComfyUI."""
 _TYPE = re.compile(r'^    type: Literal\["([\w.-]+)"\]', re.MULTILINE)
 

@@ -59,6 +59,11 @@ def sd3_forward(denoiser, x_t, told, text, pooled):
     return denoiser(x_t, text, pooled, told, return_dict=False)[0]
 
 
+def hunyuan_video_forward(denoiser, x_t, told, text, seen, pooled, guidance):
+    mask = seen if seen.shape[1] > 1 else seen.expand(text.shape[:2])
+    return denoiser(x_t, told, text, mask, pooled, guidance, return_dict=False)[0]
+
+
 def sdxl_forward(denoiser, x_t, t, sizes, seen, *texts):
     *tokens, second = texts if len(texts) == 2 else texts[:2]
     states = []
@@ -94,8 +99,8 @@ def z_image_forward(denoiser, x_t, told, text, kinds, seen):
     return patches(torch.stack(made)[:, :, 0])
 
 
-FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward,
-           "z_image": z_image_forward}  # fmt: skip
+FORWARD = {"chroma": chroma_forward, "flux": flux_forward, "hunyuan-video": hunyuan_video_forward,
+           "sd3": sd3_forward, "sdxl": sdxl_forward, "wan": wan_forward, "z_image": z_image_forward}  # fmt: skip
 """For each family, the library's own forward on the inputs of the first link."""
 
 
@@ -104,6 +109,16 @@ def flux_prompted(pipeline, prompt, generator, images):
         prompt, height=32, width=64, num_inference_steps=2, guidance_scale=4.0, max_sequence_length=32,
         generator=generator,
     ).images  # fmt: skip
+
+
+def hunyuan_video_prompted(pipeline, prompt, generator, images):
+    from diffusion_trainer.models.hunyuan_video_files import END, PROMPTS
+
+    before, start = PROMPTS["llama_picture_embeds"]
+    return pipeline(
+        prompt, height=32, width=64, num_frames=1, num_inference_steps=2, guidance_scale=4.0, generator=generator,
+        prompt_template={"template": before + "{}" + END, "crop_start": start}, output_type="pil",
+    ).frames[0]  # fmt: skip
 
 
 def sdxl_prompted(pipeline, prompt, generator, images):
@@ -135,8 +150,9 @@ def z_image_prompted(pipeline, prompt, generator, images):
     ).images  # fmt: skip
 
 
-PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "sd3": flux_prompted, "sdxl": sdxl_prompted,
-            "wan": wan_prompted, "z_image": z_image_prompted}  # fmt: skip
+PROMPTED = {"chroma": flux_prompted, "flux": flux_prompted, "hunyuan-video": hunyuan_video_prompted,
+            "sd3": flux_prompted, "sdxl": sdxl_prompted, "wan": wan_prompted,
+            "z_image": z_image_prompted}  # fmt: skip
 """For each family, what its pipeline draws from a prompt: 64 wide, 32 high, 2 steps, guidance 4; where there are
 pictures to start from, 5 frames."""
 
