@@ -7,7 +7,8 @@ import pytest
 import torch
 from training import Bench, Result
 
-PREFIXES = {"chroma": "transformer.", "sd3": "transformer.", "z_image": "diffusion_model."}
+PREFIXES = {"chroma": "transformer.", "hunyuan-video": "transformer.", "sd3": "transformer.",
+            "z_image": "diffusion_model."}  # fmt: skip
 """Of the LoRA's keys."""
 
 
