@@ -47,6 +47,7 @@ from .hunyuan_video_files import (
     RELEASE,
     TEXT_LENGTH,
     llama_tokenizer,
+    lora_name,
     name_in_folder,
     original_name,
     read_library,
@@ -310,7 +311,7 @@ class HunyuanVideo(FromComponents, FlowFamily):
     # -- results ------------------------------------------------------------------------------------
 
     def lora_keys(self, module_name: str) -> str:
-        return f"transformer.{original_name(module_name)}"
+        return f"transformer.{lora_name(module_name)}"
 
     def comfyui_tensors(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {original_name(name): tensor for name, tensor in tensors.items()}

@@ -131,18 +131,28 @@ JOINED = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
 }
 """Layers of blocks that are several of diffusers'."""
-COMFYUI = (
-    (r"^txt_in\.t_embedder\.mlp\.0\.", "txt_in.t_embedder.in_layer."),
-    (r"^txt_in\.t_embedder\.mlp\.2\.", "txt_in.t_embedder.out_layer."),
+COMFYUI_EMBEDDERS = (
     (r"^txt_in\.c_embedder\.linear_1\.", "txt_in.c_embedder.in_layer."),
     (r"^txt_in\.c_embedder\.linear_2\.", "txt_in.c_embedder.out_layer."),
-    (r"_in\.mlp\.0\.", "_in.in_layer."), (r"_in\.mlp\.2\.", "_in.out_layer."),
+    (r"^(txt_in\.t_embedder|\w+_in)\.mlp\.0\.", r"\1.in_layer."),
+    (r"^(txt_in\.t_embedder|\w+_in)\.mlp\.2\.", r"\1.out_layer."),
+)
+"""Parts of original names, and what ComfyUI's network calls them; it knows no LoRA of these layers by the former."""
+COMFYUI_BLOCKS = (
     (r"_mod\.linear\.", "_mod.lin."), (r"\.modulation\.linear\.", ".modulation.lin."),
     (r"_attn_(qkv|proj)\.", r"_attn.\1."), (r"mlp\.fc1\.", "mlp.0."), (r"mlp\.fc2\.", "mlp.2."),
     (r"_attn_q_norm\.", "_attn.norm.query_norm."), (r"_attn_k_norm\.", "_attn.norm.key_norm."),
     (r"\.q_norm\.", ".norm.query_norm."), (r"\.k_norm\.", ".norm.key_norm."),
 )  # fmt: skip
-"""Parts of original names, and what ComfyUI's network calls them: files that it saves have these."""
+"""The same, of layers whose LoRAs it knows by either; files that it saves have its names."""
+
+
+def lora_name(name: str) -> str:
+    """What a LoRA calls a layer of our transformer: as the original does, where ComfyUI knows that."""
+    name = f"{original_name(name)}."
+    for theirs, comfyuis in COMFYUI_EMBEDDERS:
+        name = re.sub(theirs, comfyuis, name)
+    return name.removesuffix(".")
 
 
 def original_name(name: str) -> str:
@@ -159,8 +169,8 @@ def _in_file(weights: Weights, name: str) -> str:
     if name in weights:
         return name
     other = name
-    for ours, theirs in COMFYUI:
-        other = re.sub(ours, theirs, other)
+    for theirs, comfyuis in COMFYUI_EMBEDDERS + COMFYUI_BLOCKS:
+        other = re.sub(theirs, comfyuis, other)
     scale = other.removesuffix(".weight") + ".scale"  # as norms are called by some
     return next((found for found in (other, scale) if found in weights), name)
 

@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
@@ -30,6 +31,8 @@ from diffusion_trainer.models import autoencoder
 from diffusion_trainer.models.base import Example, Family
 from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.flux import Flux, pack
+from diffusion_trainer.models.hunyuan_video import HunyuanVideo
+from diffusion_trainer.models.hunyuan_video_attention import as_original
 from diffusion_trainer.models.sd3 import SD3, joined_text, to_original
 from diffusion_trainer.models.sdxl import SDXL
 from diffusion_trainer.models.wan import Wan
@@ -191,6 +194,33 @@ def test_chroma(tmp_path):
     widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
     found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- HunyuanVideo -----------------------------------------------------------------------------------------
+
+
+def test_hunyuan_video(tmp_path):
+    """ComfyUI takes 768 features of pooled text and two blocks of the refiner for granted."""
+    torch.manual_seed(0)
+    denoiser = as_original(
+        HunyuanVideoTransformer3DModel(
+            num_layers=2, num_single_layers=2, num_attention_heads=2, text_embed_dim=64, pooled_projection_dim=768)
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm" in name and parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    table = {"type": "hunyuan-video", "dtype": "float32", "diffusers_path": str(tmp_path)}
+    family = HunyuanVideo(validate(HunyuanVideo.Config, table))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 3, 6, 8), "timestep": torch.tensor([612.5]), "context": torch.randn(1, 20, 64)}
+    text = dict.fromkeys(("llama_embeds", "llama_picture_embeds"), inputs["context"][0])
+    pooled = torch.randn(768)
+    batch = family.collate([Example({"latents": inputs["x"][0]}, {**text, "clip_pooled": pooled}, inputs["x"][0], 0.5)])
+    values = inputs["x"], inputs["timestep"], *batch.inputs[2:5], torch.tensor([3500.0])
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
+    found = answers(tmp_path, {**inputs, "y": pooled[None], "guidance": torch.tensor([3.5])}, widths={})
+    assert_same(found, expected)
 
 
 # -- Z-Image ----------------------------------------------------------------------------------------------

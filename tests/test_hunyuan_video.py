@@ -17,7 +17,8 @@ from diffusion_trainer.models.base import Batch, Example, SampleRequest
 from diffusion_trainer.models.hunyuan_video import HunyuanVideo
 from diffusion_trainer.models.hunyuan_video_attention import as_original
 from diffusion_trainer.models.hunyuan_video_files import (
-    COMFYUI,
+    COMFYUI_BLOCKS,
+    COMFYUI_EMBEDDERS,
     END,
     PROMPTS,
     RELEASE,
@@ -246,7 +247,7 @@ def originals(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def comfyui_name(name: str) -> str:
-    for ours, theirs in COMFYUI:
+    for ours, theirs in COMFYUI_EMBEDDERS + COMFYUI_BLOCKS:
         name = re.sub(ours, theirs, name)
     return name
 
