@@ -28,8 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import model_validator
-
 from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build, fill
@@ -118,13 +116,6 @@ class HunyuanVideoConfig(FlowConfig):
     clip_tokenizer_path: str | None = option(
         None, "Folder of the CLIP tokenizer, if it is neither beside the text encoder nor in ComfyUI.", advanced=True
     )
-
-    @model_validator(mode="after")
-    def _whole(self) -> HunyuanVideoConfig:
-        parts = [key for key in ("transformer_path", "vae_path", "llm_path", "clip_path") if not getattr(self, key)]
-        if parts and not self.ckpt_path and not self.diffusers_path:
-            raise ValueError(f"model.{parts[0]}: required where ckpt_path and diffusers_path are left out")
-        return self
 
 
 class HunyuanVideo(FromComponents, FlowFamily):

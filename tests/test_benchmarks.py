@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.parametrize(
     "family",
-    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "chroma", "z-image", "sd3.5-medium"))],
+    [
+        "flux",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sdxl", "chroma", "z-image", "sd3.5-medium", "hunyuan-video")
+        ),
+    ],
 )
 def test_train_step_measures_a_small_model(family: str) -> None:
     settings = ["blocks_to_swap=1"]

@@ -442,8 +442,11 @@ def test_names_and_rows_are_those_of_diffusers_converter(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({}, "model.transformer_path: required where ckpt_path and diffusers_path are left out"),
-        ({"vae_path": None}, "model.vae_path: required where ckpt_path and diffusers_path are left out"),
+        (
+            {},
+            "model.transformer_path: give a HunyuanVideo transformer, such as",
+        ),
+        ({"vae_path": None}, "model.vae_path: give the HunyuanVideo VAE, such as"),
         ({"transformer_path": "llm_path"}, "is not a HunyuanVideo transformer"),
         ({"vae_path": "clip_path"}, "is not the HunyuanVideo VAE"),
         ({"llm_path": "clip_path"}, "is not Llava-Llama3"),
