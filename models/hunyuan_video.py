@@ -191,12 +191,13 @@ class HunyuanVideo(FromComponents, FlowFamily):
         return weights
 
     def _tokenizer_folder(self, name: str) -> Path:
-        """As `FromComponents._tokenizer_folder`; the original release has them with the text encoders."""
-        part, beside = self.components[name], self._place(name)[0]
-        if not getattr(self.config, part.tokenizer_option) and any(
-            (beside / file).is_file() for file in ("tokenizer.json", "vocab.json")
-        ):
-            return beside
+        """As `FromComponents._tokenizer_folder`; folders of the original release have them with the text encoders."""
+        part, places = self.components[name], [self._place(name)[0]]
+        if self.config.ckpt_path:
+            places.append(Path(self.config.ckpt_path).expanduser() / RELEASE[name])
+        for folder in [] if getattr(self.config, part.tokenizer_option) else places:
+            if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+                return folder
         return super()._tokenizer_folder(name)
 
     def _transformer_config(self) -> dict[str, Any]:

@@ -351,6 +351,8 @@ def test_the_original_release_equals_the_folder(folder, tmp_path):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     mixed = hunyuan(ckpt_path=tmp_path, vae_path=files_of(folder, tmp_path)["vae_path"])
     assert mixed._place("vae")[1] == "model.vae_path"
+    mixed = hunyuan(ckpt_path=tmp_path, llm_path=files_of(folder, tmp_path)["llm_path"])
+    assert mixed._tokenizer_folder("llama") == tmp_path / "text_encoder"
     assert_equal(mixed, hunyuan(folder))
 
 
