@@ -11,7 +11,7 @@ another prompt than a video that is made with it.
 
 Captions have their own lengths here, which gives what diffusers' 256 tokens with a mask give within rounding, and
 nothing is masked where they are equally long. Queries, keys and values are one layer, as in the original (see
-`hunyuan_video_attention`); that and the order of sums are all that differs from diffusers' HunyuanVideoPipeline.
+`hunyuan_video_attention`); else all is as in diffusers' HunyuanVideoPipeline, but for the frames of the VAE's tiles.
 
 Reference: https://github.com/Tencent-Hunyuan/HunyuanVideo. Licence of the weights: Tencent Hunyuan Community, which
 does not hold in the European Union, the United Kingdom and South Korea.
@@ -208,7 +208,7 @@ class HunyuanVideo(FromComponents, FlowFamily):
     # -- encoding, once per sample, cached ----------------------------------------------------------
 
     def load_vae(self, device: torch.device) -> nn.Module:
-        """It works on tiles of 256 pixels and 64 frames, as the original does."""
+        """It works on tiles of 256 pixels and 64 frames, as the original does; diffusers cuts clips after 16."""
         weights = self._weights("vae")
         config = read_json(weights.path / "config.json") if weights.path.is_dir() else vae_config(weights)
         vae = build(lambda: diffusers.AutoencoderKLHunyuanVideo.from_config(config))

@@ -624,6 +624,24 @@ def test_all_weights_of_clips_and_pictures_and_samples(tmp_path):
         assert torch.equal(value, trained[name].float()), name
 
 
+@pytest.mark.parametrize(
+    ("stored", "adapter"),
+    [("float8", {"type": "lokr"}), ("int8", {"type": "loha"}), ("nf4", {"use_dora": True}), ("nf4", {})],
+)
+def test_stored_weights_take_every_adapter(stored, adapter, tmp_path):
+    """The loss is near that of plain weights, and refiner and embedders are not stored in less."""
+    bench = Bench(tmp_path, "hunyuan-video")
+    changes: dict[str, Any] = {"epochs": 1, "adapter": adapter}
+    plain = bench.train(**changes).curve("loss")
+    less = bench.train(**changes, model={"transformer_dtype": stored}).curve("loss")
+    assert less != plain
+    assert less == pytest.approx(plain, rel=0.05)
+    family = hunyuan(Path(bench.model["diffusers_path"]), transformer_dtype=stored)
+    dtypes = {name: value.dtype for name, value in family.load_denoiser(CPU).named_parameters()}
+    assert all(dtype == torch.float32 for name, dtype in dtypes.items() if name.startswith(("context_", "x_", "time_")))
+    assert dtypes.get("transformer_blocks.0.attn.to_qkv.weight") != torch.float32
+
+
 # -- attention --------------------------------------------------------------------------------------------
 
 
