@@ -368,6 +368,29 @@ def wan(size: Size, device: torch.device, shape: dict[str, Any], task: Any = "t2
     return Subject("wan", RandomWan, media, text)
 
 
+def hunyuan_video(size: Size, device: torch.device) -> Subject:
+    """HunyuanVideo with captions of 128 tokens."""
+    from diffusers import HunyuanVideoTransformer3DModel
+    from diffusion_trainer.models.hunyuan_video import HunyuanVideo
+    from diffusion_trainer.models.hunyuan_video_attention import as_original
+    from diffusion_trainer.utils.weights import build
+
+    shape = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2} if size.small else {}
+
+    class RandomHunyuanVideo(HunyuanVideo):
+        def check_files(self) -> None: ...
+
+        def build_denoiser(self) -> Any:
+            return build(lambda: as_original(HunyuanVideoTransformer3DModel(**shape)))
+
+        def denoiser_reader(self) -> Any:
+            return random_weights(self.build_denoiser(), device)
+
+    media: Shapes = {"latents": (16, (size.frames - 1) // 4 + 1, size.height // 8, size.width // 8)}
+    text: Shapes = dict.fromkeys(("llama_embeds", "llama_picture_embeds"), (128, 4096))
+    return Subject("hunyuan-video", RandomHunyuanVideo, media, {**text, "clip_pooled": (768,)})
+
+
 SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "flux": flux,
     "chroma": chroma,
@@ -390,6 +413,7 @@ SUBJECTS: dict[str, Callable[[Size, torch.device], Subject]] = {
     "ltx-video-2b": partial(ltx_video, shape=LTX_VIDEO_2B),
     "ltx-video-13b": partial(ltx_video, shape=LTX_VIDEO_13B),
     "sdxl": sdxl,
+    "hunyuan-video": hunyuan_video,
     "wan-1.3b": partial(wan, shape={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
     "wan-14b": partial(wan, shape={"num_attention_heads": 40}),
     "wan-i2v-14b": partial(wan, shape={"num_attention_heads": 40}, task="i2v"),

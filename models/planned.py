@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import model_validator
-
 from ..utils.config import option
 from .base import ModelConfig, StorageDtype
 from .flow import FlowConfig
@@ -34,25 +32,6 @@ def _vae(required: bool = False) -> Any:
 
 def _text_encoder(required: bool = False) -> Any:
     return _file("Text encoder as a single file.", "text_encoders", required)
-
-
-class HunyuanVideoConfig(FlowConfig):
-    """HunyuanVideo, from the original folder or from ComfyUI's files."""
-
-    type: Literal["hunyuan-video"] = "hunyuan-video"
-    ckpt_path: str | None = _file("Folder of the original release.", "diffusion_models")
-    transformer_path: str | None = _transformer()
-    vae_path: str | None = _vae()
-    llm_path: str | None = _text_encoder()
-    clip_path: str | None = _text_encoder()
-    guidance: float = option(1.0, "Guidance that the model is told while training.", ge=0, step=0.1)
-
-    @model_validator(mode="after")
-    def _whole(self) -> HunyuanVideoConfig:
-        parts = [key for key in ("transformer_path", "vae_path", "llm_path", "clip_path") if not getattr(self, key)]
-        if parts and not self.ckpt_path:
-            raise ValueError(f"model.{parts[0]}: required where ckpt_path is left out")
-        return self
 
 
 class CosmosConfig(ModelConfig):

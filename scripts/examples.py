@@ -145,6 +145,15 @@ TRAIN: dict[str, tuple[str, dict[str, Any]]] = {
         _train({"type": "wan", "ckpt_path": "/data/models/Wan2.2-T2V-A14B",
                 "transformer_path": "/data/models/Wan2.2-T2V-A14B/high_noise_model", "dtype": "bfloat16",
                 "transformer_dtype": "float8", "min_t": 0.875}, dataset="/data/dataset_video.toml")),
+    "hunyuan_video_lora.toml": (
+        "A LoRA for HunyuanVideo from the single files that ComfyUI has, trained on clips and pictures",
+        _train({"type": "hunyuan-video",
+                "transformer_path": "/data/ComfyUI/models/diffusion_models/hunyuan_video_t2v_720p_bf16.safetensors",
+                "vae_path": "/data/ComfyUI/models/vae/hunyuan_video_vae_bf16.safetensors",
+                "llm_path": "/data/ComfyUI/models/text_encoders/llava_llama3_fp8_scaled.safetensors",
+                "clip_path": "/data/ComfyUI/models/text_encoders/clip_l.safetensors", "dtype": "bfloat16",
+                "transformer_dtype": "float8"},
+               dataset="/data/dataset_video.toml", activation_checkpointing=True)),
     "samples_and_evaluation.toml": (
         "Pictures while training, the loss of pictures that are not trained, and an average of the weights",
         _train(FLUX, ema_decay=0.999, eval_every_n_epochs=1,

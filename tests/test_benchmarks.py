@@ -13,6 +13,7 @@ SLOW = (
     "chroma",
     "cosmos-predict2-2b",
     "flux2-klein-4b",
+    "hunyuan-video",
     "ltx-video-2b",
     "lumina2",
     "qwen-image",

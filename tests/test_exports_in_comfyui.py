@@ -25,6 +25,7 @@ from diffusers import (
     CosmosTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     QwenImageTransformer2DModel,
@@ -40,6 +41,8 @@ from diffusion_trainer.models.chroma import Chroma
 from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2
 from diffusion_trainer.models.flux import Flux, pack
 from diffusion_trainer.models.flux2 import Flux2, tokens_of
+from diffusion_trainer.models.hunyuan_video import HunyuanVideo
+from diffusion_trainer.models.hunyuan_video_attention import as_original
 from diffusion_trainer.models.ltx_video import LTXVideo
 from diffusion_trainer.models.ltx_video import pack as pack_tokens
 from diffusion_trainer.models.lumina2 import Lumina2
@@ -301,6 +304,33 @@ def test_chroma(tmp_path):
     widths = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 64, "out_dim": 256, "hidden_dim": 64, "n_layers": 2}
     found = answers(tmp_path, {**inputs, "guidance": torch.zeros(1)}, widths=widths)
     assert_same({name: pack(value) for name, value in found.items()}, expected)
+
+
+# -- HunyuanVideo -----------------------------------------------------------------------------------------
+
+
+def test_hunyuan_video(tmp_path):
+    """ComfyUI takes 768 features of pooled text and two blocks of the refiner for granted."""
+    torch.manual_seed(0)
+    denoiser = as_original(
+        HunyuanVideoTransformer3DModel(
+            num_layers=2, num_single_layers=2, num_attention_heads=2, text_embed_dim=64, pooled_projection_dim=768)
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if ".norm" in name and parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    table = {"type": "hunyuan-video", "dtype": "float32", "diffusers_path": str(tmp_path)}
+    family = HunyuanVideo(validate(HunyuanVideo.Config, table))
+    save_file(family.comfyui_tensors(denoiser.state_dict()), tmp_path / "model.safetensors")
+    inputs = {"x": torch.randn(1, 16, 3, 6, 8), "timestep": torch.tensor([612.5]), "context": torch.randn(1, 20, 64)}
+    text = dict.fromkeys(("llama_embeds", "llama_picture_embeds"), inputs["context"][0])
+    pooled = torch.randn(768)
+    batch = family.collate([Example({"latents": inputs["x"][0]}, {**text, "clip_pooled": pooled}, inputs["x"][0], 0.5)])
+    values = inputs["x"], inputs["timestep"], *batch.inputs[2:5], torch.tensor([3500.0])
+    expected = with_adapters(family, denoiser, tmp_path, lambda: run(family, denoiser, values))
+    found = answers(tmp_path, {**inputs, "y": pooled[None], "guidance": torch.tensor([3.5])}, widths={})
+    assert_same(found, expected)
 
 
 # -- Cosmos-Predict2 --------------------------------------------------------------------------------------

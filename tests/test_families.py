@@ -169,12 +169,18 @@ def ltx_video_forward(denoiser, x_t, told, text, seen):
     )[0]
 
 
+def hunyuan_video_forward(denoiser, x_t, told, text, seen, pooled, guidance):
+    mask = seen if seen.shape[1] > 1 else seen.expand(text.shape[:2])
+    return denoiser(x_t, told, text, mask, pooled, guidance, return_dict=False)[0]
+
+
 FORWARD = {
     "anima": anima_forward,
     "chroma": chroma_forward,
     "cosmos_predict2": cosmos_forward,
     "flux": flux_forward,
     "flux2": flux2_forward,
+    "hunyuan-video": hunyuan_video_forward,
     "ltx-video": ltx_video_forward,
     "lumina_2": lumina_2_forward,
     "qwen2511": qwen_image_forward,
@@ -274,12 +280,23 @@ def ltx_video_prompted(pipeline, prompt, generator, images):
     ).frames[0]  # fmt: skip
 
 
+def hunyuan_video_prompted(pipeline, prompt, generator, images):
+    from diffusion_trainer.models.hunyuan_video_files import END, PROMPTS
+
+    before, start = PROMPTS["llama_picture_embeds"]
+    return pipeline(
+        prompt, height=32, width=64, num_frames=1, num_inference_steps=2, guidance_scale=4.0, generator=generator,
+        prompt_template={"template": before + "{}" + END, "crop_start": start}, output_type="pil",
+    ).frames[0]  # fmt: skip
+
+
 PROMPTED = {
     "anima": anima_prompted,
     "chroma": flux_prompted,
     "cosmos_predict2": sdxl_prompted,
     "flux": flux_prompted,
     "flux2": z_image_prompted,
+    "hunyuan-video": hunyuan_video_prompted,
     "ltx-video": ltx_video_prompted,
     "lumina_2": lumina_2_prompted,
     "qwen2511": qwen_image_prompted,

@@ -12,6 +12,7 @@ PREFIXES = {
     "chroma": "transformer.",
     "cosmos_predict2": "diffusion_model.blocks.",
     "flux2": "transformer.",
+    "hunyuan-video": "transformer.",
     "ltx-video": "diffusion_model.",
     "lumina_2": "diffusion_model.",
     "qwen_image": "diffusion_model.",

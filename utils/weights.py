@@ -195,7 +195,9 @@ class _Pickle:
                 f"{option}: '{file}' is not a PyTorch file of tensors alone ({str(error).splitlines()[0]}); "
                 "give a safetensors file, or download it again"
             ) from None
-        found = found.get("state_dict", found) if isinstance(found, dict) else {}
+        found = found if isinstance(found, dict) else {}
+        for wrapping in ("state_dict", "module"):  # Lightning's, DeepSpeed's
+            found = found.get(wrapping, found)
         self._tensors = {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     def entries(self) -> Iterator[_Entry]:
