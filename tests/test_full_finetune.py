@@ -20,8 +20,12 @@ from training import Bench, Result, StopsAfter
 
 CPU = torch.device("cpu")
 EXPORTED_AS = {
-    "flux": "transformer_path", "flux2": "diffusion_model", "sdxl": "checkpoint_path", "z_image": "diffusion_model"
-}  # fmt: skip
+    "flux": "transformer_path",
+    "flux2": "diffusion_model",
+    "ltx-video": "single_file_path",
+    "sdxl": "checkpoint_path",
+    "z_image": "diffusion_model",
+}
 """The option of each family that takes an exported model; others call it transformer_path, too."""
 FULL: dict[str, Any] = {"adapter": None, "optimizer": {"lr": 1e-3}, "epochs": 2}
 

@@ -52,6 +52,27 @@ def test_bfloat16_is_summed_in_float32() -> None:
         torch.testing.assert_close(summed.views[name], 300 * value.float())
 
 
+class Passed(torch.autograd.Function):
+    """A value past a parameter, as recomputing does with one of no part in the loss."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def test_a_parameter_without_a_part_in_the_loss_keeps_zeros() -> None:
+    of = parameters()
+    one = expected(of, 1.0)
+    summed = Gradients(of)
+    Passed.apply(loss(of, 1.0), of["unused"]).backward()
+    for name, view in summed.views.items():
+        torch.testing.assert_close(view, one[name])
+
+
 def test_a_pass_that_failed_leaves_nothing_for_the_next() -> None:
     of = parameters()
     summed = Gradients(of)

@@ -43,7 +43,8 @@ class Gradients:
             self._flat.append(flat)
 
     def _take(self, view: torch.Tensor, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            return  # the parameter has no part in the loss, as that of text in some models' last block
         if (current := torch._C._current_graph_task_id()) != self._pass:
             self._forget()  # what a pass left that failed
             self._pass = current
