@@ -610,9 +610,13 @@ def test_fused_blocks_are_as_good_as_the_librarys(last):
 
 
 def test_a_model_without_norms_has_the_librarys_attention(folders, monkeypatch):
+    family, asked = sd3(folders["sd3"]), list[int]()
+    attend = JointAttnProcessor2_0.__call__
+    monkeypatch.setattr(JointAttnProcessor2_0, "__call__", lambda *a, **k: asked.append(1) or attend(*a, **k))
     monkeypatch.setattr(sd3_attention, "is_fused", lambda *_: pytest.fail("there are no norms"))
-    family = sd3(folders["sd3"])
-    predict(family, family.load_denoiser(CPU), batch_of(family, encoded(family, CAPTIONS[:1])).inputs)
+    denoiser = family.load_denoiser(CPU)
+    predict(family, denoiser, batch_of(family, encoded(family, CAPTIONS[:1])).inputs)
+    assert len(asked) == len(denoiser.transformer_blocks)
 
 
 def test_the_chosen_attention_is_used(folder, monkeypatch):
