@@ -29,6 +29,7 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import Weights, build
 from .base import Batch, Encodings, Example, Layer, SampleRequest, Shapes
+from .captions import filled_up
 from .components import OLD_T5_XXL, Component, FromComponents, TextEncoder, width_of
 from .files import fingerprint, read_json, write_json
 from .flow import FlowConfig, FlowFamily
@@ -283,7 +284,7 @@ class CosmosPredict2(FromComponents, FlowFamily):
         return t_N.to(self.dtype).float()
 
     def _text_inputs(self, examples: Sequence[Example]) -> tuple[torch.Tensor, ...]:
-        return (padded([example.text["t5_embeds"].to(self.dtype) for example in examples]),)
+        return (filled_up([example.text["t5_embeds"].to(self.dtype) for example in examples], TEXT_LENGTH),)
 
     def cached_shapes(self, latent_size: tuple[int, int, int]) -> tuple[Shapes, Shapes]:
         text = {"t5_embeds": (TEXT_LENGTH, self._network["text_embed_dim"])}
@@ -323,7 +324,7 @@ class CosmosPredict2(FromComponents, FlowFamily):
 
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         return {
-            f"{prefix}prompt_embeds": padded([text["t5_embeds"]]).to(device)
+            f"{prefix}prompt_embeds": filled_up([text["t5_embeds"]], TEXT_LENGTH).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
 
@@ -394,14 +395,6 @@ def _out(
     x_NCYpXq = patches_NTK.view(n, height, width, 2, 2, k // 4).permute(0, 5, 1, 3, 2, 4)
     x_NCHW = x_NCYpXq.reshape(n, k // 4, 2 * height, 2 * width)
     return with_half(x_NCHW) if halves and is_large(x_NCHW) else x_NCHW
-
-
-def padded(texts_LD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Embeddings of captions at the length that the transformer sees: NLD."""
-    padded_NLD = texts_LD[0].new_zeros(len(texts_LD), TEXT_LENGTH, texts_LD[0].shape[-1])
-    for row, text_LD in zip(padded_NLD, texts_LD, strict=True):
-        row[: len(text_LD)] = text_LD
-    return padded_NLD
 
 
 def is_large(x_NCHW: torch.Tensor) -> bool:

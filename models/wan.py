@@ -30,6 +30,7 @@ from ..utils.config import SettingsError, option
 from ..utils.imports import lazy
 from ..utils.weights import build, fill
 from .base import Batch, Example, Layer, SampleRequest, Shapes
+from .captions import filled_up
 from .files import fingerprint, read_json, require_path, write_json
 from .flow import FlowConfig, FlowFamily
 from .wan_files import (
@@ -403,7 +404,11 @@ class Wan(FlowFamily):
             x_NCFHW = torch.where(made_N1FHW > 0, x_NCFHW, torch.stack([e.media["latents"] for e in examples]).float())
             time = (made_N1FHW[..., ::2, ::2] * time.view(-1, 1, 1, 1, 1)).flatten(1)  # NT
             weight = weight * made_N1FHW / made_N1FHW.mean((1, 2, 3, 4), keepdim=True)
-        inputs = [x_NCFHW.to(self.dtype), time, _padded([example.text["umt5_embeds"] for example in examples])]
+        inputs = [
+            x_NCFHW.to(self.dtype),
+            time,
+            filled_up([example.text["umt5_embeds"] for example in examples], TEXT_LENGTH),
+        ]
         if self.variant.has_clip:
             inputs.append(torch.stack([example.media["image_embeds"] for example in examples]).to(self.dtype))
         inputs[2] = inputs[2].to(self.dtype)
@@ -458,7 +463,7 @@ class Wan(FlowFamily):
     def prompt_arguments(self, request: SampleRequest, device: torch.device) -> dict[str, Any]:
         """As `Family.prompt_arguments`; first-and-last-frame models end on the last picture, which may be the first."""
         arguments: dict[str, Any] = {
-            f"{prefix}prompt_embeds": _padded([text["umt5_embeds"]]).to(device)
+            f"{prefix}prompt_embeds": filled_up([text["umt5_embeds"]], TEXT_LENGTH).to(device)
             for prefix, text in (("", request.text), ("negative_", request.negative_text))
         }
         if self.variant.task == "t2v" and not (self._does_both and request.images):
@@ -539,14 +544,6 @@ def given_frames(latents_NCFHW: torch.Tensor, last: bool) -> torch.Tensor:
     if last:
         given_N4FHW[:, 3, -1] = 1
     return given_N4FHW
-
-
-def _padded(texts_LD: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Embeddings of captions at the length that the transformer sees: NLD."""
-    padded_NLD = texts_LD[0].new_zeros(len(texts_LD), TEXT_LENGTH, texts_LD[0].shape[-1])
-    for row, text_LD in zip(padded_NLD, texts_LD, strict=True):
-        row[: len(text_LD)] = text_LD
-    return padded_NLD
 
 
 Tensors = tuple["torch.Tensor", ...]

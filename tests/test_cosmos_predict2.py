@@ -15,7 +15,8 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_anima
 from diffusers.loaders.single_file_utils import convert_cosmos_transformer_checkpoint_to_diffusers
 from diffusers.utils import import_utils
 from diffusion_trainer.models.base import Batch, Example
-from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2, original_name, padded, transformer_config
+from diffusion_trainer.models.captions import filled_up
+from diffusion_trainer.models.cosmos_predict2 import CosmosPredict2, original_name, transformer_config
 from diffusion_trainer.models.wan_files import original_vae_name
 from diffusion_trainer.utils.adapted import adapted_layers
 from diffusion_trainer.utils.adapter_settings import Lora
@@ -134,7 +135,7 @@ def test_text_equals_encode_prompt(folder, dtype):
     texts = encoded(family, *CAPTIONS)
     with torch.no_grad():
         expected, _ = library_pipeline(folder, dtype).encode_prompt(CAPTIONS, do_classifier_free_guidance=False)
-    assert torch.equal(padded(texts), expected)
+    assert torch.equal(filled_up(texts, 512), expected)
     assert [len(text) for text in texts[1:]] == [1, 512]
     assert len(texts[0]) < 20
     assert batch_of(family, texts).inputs[2].shape == (3, 512, 32)
